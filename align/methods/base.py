@@ -1,0 +1,189 @@
+"""What a method is: a declaration, options, and a pure loss of a view. And what a loss returns: `Terms`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, dataclass_transform
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.core.errors import ConfigError
+from align.core.options import check_all, option
+from align.scoring.views import VIEWS, View
+
+__all__ = ["Method", "Term", "Terms", "Unit", "finish", "method", "option"]
+
+Coupling = Literal["unit", "batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What a term is averaged over.
+
+    `name` is `pair`, `completion`, `group`, `prompt_pair`, `turn`, `token` or `constant`. `where` (bool, the shape of
+    the values) restricts it to those units; the data decide it, never the model, so the count is known before the
+    forward pass. `size` is the divisor of `constant`.
+    """
+
+    name: str
+    where: Tensor | None = None
+    size: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Values of one additive part of the loss, one per unit, and the unit whose global count divides their sum."""
+
+    values: Tensor
+    unit: str | Unit
+    scale: float = 1.0
+
+    @property
+    def kind(self) -> Unit:
+        return Unit(self.unit) if isinstance(self.unit, str) else self.unit
+
+
+@dataclass(frozen=True, eq=False)
+class Terms(Mapping[str, Term]):
+    """name -> Term. `numpy.asarray` of it is the sum of scale * values where all terms share a unit."""
+
+    terms: Mapping[str, Term]
+    counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    state: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Term:
+        return self.terms[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.terms)
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def total(self, counts: Mapping[str, float] | None = None) -> Tensor:
+        """sum over terms of scale * values.sum() / count, a scalar. `counts` are global; this view's own by default."""
+        counts = self.counts if counts is None else counts
+        parts = [
+            term.scale * term.values.sum() / counts[name] for name, term in self.terms.items() if counts[name] > 0
+        ]
+        if not parts:
+            values = next(iter(self.terms.values())).values
+            return values.sum() * 0.0
+        return torch.stack(parts).sum()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        shapes = {name: (term.kind.name, tuple(term.values.shape)) for name, term in self.terms.items()}
+        if len(set(shapes.values())) != 1:
+            raise ConfigError(
+                "these terms do not share a unit: " + ", ".join(f"{n} ({u})" for n, (u, _) in shapes.items()),
+                mend="read them one by one, or take `.total()`",
+            )
+        summed = torch.stack([term.scale * term.values.detach() for term in self.terms.values()]).sum(0)
+        return np.asarray(summed.cpu().numpy(), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass of options with a declaration made by `@method`."""
+
+    id: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    view: ClassVar[str] = "pairs"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    coupling: ClassVar[Coupling] = "unit"
+
+    def __post_init__(self) -> None:
+        check_all(self, f"method `{self.id}`")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse combinations of options; ranges of single options are declared, not checked here."""
+
+    def loss(self, view: Any) -> Terms | Mapping[str, Term] | Tensor:
+        raise NotImplementedError
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """Checkpointed state, scalars or small tensors in float64; `view.state` carries it into `loss`."""
+        return {}
+
+    def observe(self, view: Any) -> dict[str, Tensor]:
+        """The next state, from the gathered, detached view of the whole global batch; once per optimiser step."""
+        return dict(view.state)
+
+    def requires(self) -> frozenset[str]:
+        """Columns this instance reads; a subset of `needs` where an option makes one superfluous."""
+        return self.needs
+
+    def penalty(self, parameters: Iterable[Tensor]) -> Tensor | None:
+        """A term on the parameters, once per global batch."""
+        return None
+
+    def after_step(self, module: Any) -> None:
+        """Called after each optimiser step with the trained module."""
+
+    def describe(self) -> dict[str, Any]:
+        """Public option names and values."""
+        return {field.name.rstrip("_"): getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
+def method(
+    id: str,
+    *,
+    view: str,
+    paper: str = "",
+    needs: Iterable[str] = (),
+    coupling: Coupling = "unit",
+) -> Callable[[type], type]:
+    """Declare a method: its id, paper, view, the columns it reads beyond `logp`, and whether units are coupled."""
+    if view not in VIEWS:
+        raise ConfigError(f"method `{id}`: unknown view `{view}`", mend="one of " + ", ".join(VIEWS))
+
+    def declare(cls: type) -> type:
+        cls.id, cls.paper, cls.view = id, paper, view  # type: ignore[attr-defined]
+        cls.needs, cls.coupling = frozenset(needs), coupling  # type: ignore[attr-defined]
+        return dataclass(frozen=True, kw_only=True)(cls)
+
+    return declare
+
+
+def finish(returned: Terms | Mapping[str, Term] | Tensor, view: View) -> Terms:
+    """Normalise what a loss returned: name bare tensors, check shapes, apply the view's weights, count units."""
+    if isinstance(returned, Tensor):
+        returned = {"loss": Term(returned, view.own_unit)}
+    counts, weights = view.counts(), view.weights()
+    terms: dict[str, Term] = {}
+    divisors: dict[str, float] = {}
+    for name, term in returned.items():
+        unit = term.kind
+        values = term.values
+        weight = weights.get(unit.name)
+        if weight is not None and values.ndim:
+            _check_length(name, values, weight)
+            values = values * weight.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+        if unit.where is not None:
+            values = torch.where(unit.where, values, torch.zeros_like(values))
+            divisors[name] = float(unit.where.sum())
+        elif unit.name == "constant":
+            divisors[name] = float(unit.size)
+        elif unit.name in counts:
+            divisors[name] = float(counts[unit.name])
+        else:
+            raise ConfigError(
+                f"term `{name}` is in unit `{unit.name}`, which a {type(view).__name__} view does not have",
+                mend="use one of " + ", ".join(sorted([*counts, "constant"])),
+            )
+        terms[name] = Term(values, unit, term.scale)
+    return Terms(terms, divisors)
+
+
+def _check_length(name: str, values: Tensor, weight: Tensor) -> None:
+    if values.shape[0] != weight.shape[0]:
+        raise ConfigError(
+            f"term `{name}` has {values.shape[0]} values for {weight.shape[0]} units",
+            mend="return one value per unit; a method never calls mean() or sum() over units",
+        )

@@ -1,0 +1,24 @@
+"""DPO."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from align.methods.base import Method, method, option
+from align.scoring.views import Pairs
+
+
+@method("dpo", paper="2305.18290", view="pairs", needs={"ref_logp"})
+class DPO(Method):
+    """Direct Preference Optimization: Bradley-Terry on the implicit reward beta * h.
+
+        loss = -log sigmoid(beta * (h_w - h_l)),   h = log pi(y|x) - log pi_ref(y|x), sums over tokens
+
+    One value per pair, in nats. Source: arXiv 2305.18290, Eq. 7.
+    """
+
+    beta: float = option(0.1, above=0, doc="strength of the KL leash; larger moves the policy less")
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.delta)

@@ -1,0 +1,343 @@
+"""What a method sees: completions with their per-token numbers, and the ways they are grouped.
+
+Shapes: N completions, padded to T tokens; P pairs; G groups. Every [N, T] tensor is zero where `mask` is false.
+Views hold tensors and arithmetic only, so a method can be evaluated on bare numbers in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.core.errors import ConfigError
+
+TOKEN_COLUMNS = (
+    "logp",
+    "ref_logp",
+    "old_logp",
+    "sampler_logp",
+    "kl_ref_policy",
+    "kl_policy_ref",
+    "entropy",
+    "log_sum_sq",
+    "log_max",
+    "logit",
+    "logsumexp",
+    "token_reward",
+)
+COMPLETION_COLUMNS = ("label", "reward", "weight", "finished")
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """N completions of up to T tokens.
+
+    Attributes:
+        mask: bool [N, T], true where a token is scored.
+        columns: name -> tensor; [N, T] for `TOKEN_COLUMNS` and `step`, [N, T + 1] for `value`
+            (V of the state before each token, and of the end), [N] for `COMPLETION_COLUMNS`.
+        anchors: name -> [N, T], log-probabilities of other frozen policies.
+        rewards: aspect -> [N].
+        role: N strings, free labels such as `sample` or `demonstration`.
+    """
+
+    mask: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)
+    role: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def column(self, name: str) -> Tensor:
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise ConfigError(
+                f"this view has no `{name}`",
+                why="columns present: " + ", ".join(sorted(self.columns)),
+                mend=f"declare it: @method(..., needs={{'{name}'}}), or supply it in the data",
+            ) from None
+
+    def anchor(self, name: str) -> Tensor:
+        try:
+            return self.anchors[name]
+        except KeyError:
+            raise ConfigError(
+                f"this view has no anchor `{name}`", why="anchors present: " + ", ".join(sorted(self.anchors))
+            ) from None
+
+    @property
+    def logp(self) -> Tensor:
+        """log pi(y_t | x, y_<t) under the policy, [N, T]."""
+        return self.column("logp")
+
+    @property
+    def ref_logp(self) -> Tensor:
+        """The same under the reference, [N, T], no gradient."""
+        return self.column("ref_logp")
+
+    @property
+    def old_logp(self) -> Tensor:
+        return self.column("old_logp")
+
+    @property
+    def sampler_logp(self) -> Tensor:
+        return self.column("sampler_logp")
+
+    @property
+    def kl_ref_policy(self) -> Tensor:
+        """KL(reference || policy) over the vocabulary at each position, [N, T]."""
+        return self.column("kl_ref_policy")
+
+    @property
+    def kl_policy_ref(self) -> Tensor:
+        """KL(policy || reference) over the vocabulary at each position, [N, T]."""
+        return self.column("kl_policy_ref")
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.column("entropy")
+
+    @property
+    def log_sum_sq(self) -> Tensor:
+        """log sum_v pi(v)^2, [N, T]."""
+        return self.column("log_sum_sq")
+
+    @property
+    def log_max(self) -> Tensor:
+        """log max_v pi(v), [N, T]."""
+        return self.column("log_max")
+
+    @property
+    def logit(self) -> Tensor:
+        return self.column("logit")
+
+    @property
+    def logsumexp(self) -> Tensor:
+        return self.column("logsumexp")
+
+    @property
+    def token_reward(self) -> Tensor:
+        return self.column("token_reward")
+
+    @property
+    def value(self) -> Tensor:
+        """V(s_t) for t = 0..T, [N, T + 1]; V(s_0) stands at the last prompt token."""
+        return self.column("value")
+
+    @property
+    def step(self) -> Tensor:
+        return self.column("step")
+
+    @property
+    def label(self) -> Tensor:
+        """bool [N], true where the completion is desirable."""
+        return self.column("label")
+
+    @property
+    def reward(self) -> Tensor:
+        return self.column("reward")
+
+    @property
+    def weight(self) -> Tensor:
+        """[N]; 1 where the data say nothing."""
+        given = self.columns.get("weight")
+        return torch.ones(len(self), dtype=self.logp.dtype, device=self.mask.device) if given is None else given
+
+    @property
+    def finished(self) -> Tensor:
+        return self.column("finished")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of [N, T] values over scored tokens, [N]."""
+        return torch.where(self.mask, values, torch.zeros_like(values)).sum(-1)
+
+    @property
+    def length(self) -> Tensor:
+        """Scored tokens of each completion, [N], in the dtype of `logp`."""
+        return self.mask.sum(-1).to(self.logp.dtype)
+
+    @property
+    def sum_logp(self) -> Tensor:
+        return self.sum(self.logp)
+
+    @property
+    def mean_logp(self) -> Tensor:
+        """log pi(y | x) / |y|, [N]."""
+        return self.sum_logp / self.length.clamp(min=1)
+
+    @property
+    def sum_ref_logp(self) -> Tensor:
+        return self.sum(self.ref_logp)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """h_t = log pi(y_t) - log pi_ref(y_t), [N, T]."""
+        return self.logp - self.ref_logp
+
+    @property
+    def sum_log_ratio(self) -> Tensor:
+        """h = log pi(y | x) - log pi_ref(y | x), [N]. Summed per token first: the difference of two long sums rounds."""
+        return self.sum(self.log_ratio)
+
+    @property
+    def mean_log_ratio(self) -> Tensor:
+        return self.sum_log_ratio / self.length.clamp(min=1)
+
+    def select(self, index: Tensor) -> Completions:
+        """The completions at `index` (long [M]), in that order."""
+        picked = index.tolist() if self.role else ()
+        return Completions(
+            mask=self.mask[index],
+            columns={name: column[index] for name, column in self.columns.items()},
+            anchors={name: column[index] for name, column in self.anchors.items()},
+            rewards={name: column[index] for name, column in self.rewards.items()},
+            role=tuple(self.role[i] for i in picked),
+        )
+
+    def detach(self) -> Completions:
+        return replace(
+            self,
+            columns={name: column.detach() for name, column in self.columns.items()},
+            anchors={name: column.detach() for name, column in self.anchors.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What all views share: the method's checkpointed state, and how to count units.
+
+    `seed` is a function of (run seed, step): what a method draws inside a step comes from it and from `rows`.
+    """
+
+    state: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    own_unit = "completion"
+
+    def counts(self) -> dict[str, int]:
+        """Unit -> how many of it this view holds."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Tensor]:
+        """Unit -> weight of each of them, where the view has weights."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(View):
+    """P pairs: `chosen` and `rejected` are Completions of length P, aligned.
+
+    Attributes:
+        probability: [P] P(chosen beats rejected); 1 where the data say nothing.
+        margin: [P] or None, how much better the chosen one is, in the data's unit.
+        weight: [P] multiplies the values, never a count.
+        baseline: Completions of length P or None, a third response (RPO's baseline).
+        samples: Completions or None, samples of a frozen policy for the same prompts.
+    """
+
+    chosen: Completions
+    rejected: Completions
+    probability: Tensor
+    weight: Tensor
+    margin: Tensor | None = None
+    baseline: Completions | None = None
+    samples: Completions | None = None
+
+    own_unit = "pair"
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def delta(self) -> Tensor:
+        """h(chosen) - h(rejected), [P]."""
+        return self.chosen.sum_log_ratio - self.rejected.sum_log_ratio
+
+    def counts(self) -> dict[str, int]:
+        tokens = int(self.chosen.mask.sum()) + int(self.rejected.mask.sum())
+        return {"pair": len(self), "completion": 2 * len(self), "token": tokens}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"pair": self.weight}
+
+
+@dataclass(frozen=True, eq=False)
+class Singles(View):
+    """N completions judged one by one (`label` or `reward`).
+
+    `mismatched` [N], where the method needs it: another row's completion after the same prompt.
+    """
+
+    completions: Completions
+    mismatched: Completions | None = None
+
+    own_unit = "completion"
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def counts(self) -> dict[str, int]:
+        return {"completion": len(self), "token": int(self.completions.mask.sum())}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"completion": self.completions.weight}
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations(Singles):
+    """N completions to imitate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lists(View):
+    """G groups of K_g scored completions each, ragged.
+
+    Attributes:
+        completions: N = sum K_g completions.
+        group: long [N], 0..G-1, non-decreasing.
+        scores: [N] or None, higher is better. ranks: long [N] or None, 1 is best.
+        weight: [G].
+    """
+
+    completions: Completions
+    group: Tensor
+    weight: Tensor
+    scores: Tensor | None = None
+    ranks: Tensor | None = None
+
+    own_unit = "group"
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
+
+    def counts(self) -> dict[str, int]:
+        return {"group": len(self), "completion": len(self.completions), "token": int(self.completions.mask.sum())}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"group": self.weight, "completion": self.completions.weight}
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Lists):
+    """G groups of rollouts with rewards; the online methods' view."""
+
+
+VIEWS: dict[str, type[View]] = {
+    "pairs": Pairs,
+    "singles": Singles,
+    "lists": Lists,
+    "groups": Groups,
+    "demonstrations": Demonstrations,
+}
+
+
+def dimensions(view: Any) -> str:
+    """A short text for errors: the view's kind and sizes."""
+    return f"{type(view).__name__}({view.counts()})"
