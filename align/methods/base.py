@@ -36,11 +36,15 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """Values of one additive part of the loss, one per unit, and the unit whose global count divides their sum."""
+    """Values of one additive part of the loss, one per unit, and the unit whose global count divides their sum.
+
+    `weight` [units] replaces the view's weights of that unit, for a method that reads them in a way of its own.
+    """
 
     values: Tensor
     unit: str | Unit
     scale: float = 1.0
+    weight: Tensor | None = None
 
     @property
     def kind(self) -> Unit:
@@ -67,9 +71,7 @@ class Terms(Mapping[str, Term]):
     def total(self, counts: Mapping[str, float] | None = None) -> Tensor:
         """sum over terms of scale * values.sum() / count, a scalar. `counts` are global; this view's own by default."""
         counts = self.counts if counts is None else counts
-        parts = [
-            term.scale * term.values.sum() / counts[name] for name, term in self.terms.items() if counts[name] > 0
-        ]
+        parts = [term.scale * term.values.sum() / counts[name] for name, term in self.terms.items() if counts[name] > 0]
         if not parts:
             values = next(iter(self.terms.values())).values
             return values.sum() * 0.0
@@ -125,6 +127,10 @@ class Method:
     def after_step(self, module: Any) -> None:
         """Called after each optimiser step with the trained module."""
 
+    def cautions(self) -> tuple[str, ...]:
+        """Sentences about values that are allowed and seldom meant; shown once, never an error."""
+        return ()
+
     def describe(self) -> dict[str, Any]:
         """Public option names and values."""
         return {field.name.rstrip("_"): getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -160,30 +166,39 @@ def finish(returned: Terms | Mapping[str, Term] | Tensor, view: View) -> Terms:
     divisors: dict[str, float] = {}
     for name, term in returned.items():
         unit = term.kind
-        values = term.values
-        weight = weights.get(unit.name)
-        if weight is not None and values.ndim:
-            _check_length(name, values, weight)
-            values = values * weight.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
-        if unit.where is not None:
-            values = torch.where(unit.where, values, torch.zeros_like(values))
-            divisors[name] = float(unit.where.sum())
-        elif unit.name == "constant":
-            divisors[name] = float(unit.size)
-        elif unit.name in counts:
-            divisors[name] = float(counts[unit.name])
-        else:
-            raise ConfigError(
-                f"term `{name}` is in unit `{unit.name}`, which a {type(view).__name__} view does not have",
-                mend="use one of " + ", ".join(sorted([*counts, "constant"])),
-            )
-        terms[name] = Term(values, unit, term.scale)
+        weight = weights.get(unit.name) if term.weight is None else term.weight
+        divisors[name] = _divisor(name, term, counts)
+        terms[name] = Term(_weighted(name, term, weight), unit, term.scale)
     return Terms(terms, divisors)
 
 
-def _check_length(name: str, values: Tensor, weight: Tensor) -> None:
-    if values.shape[0] != weight.shape[0]:
+def _divisor(name: str, term: Term, counts: Mapping[str, int]) -> float:
+    """How many units of this view the term's sum is divided by; refuses values that are not one per unit."""
+    unit, shape = term.kind, tuple(term.values.shape)
+    if unit.name == "constant":
+        return float(unit.size)
+    if unit.name not in counts:
         raise ConfigError(
-            f"term `{name}` has {values.shape[0]} values for {weight.shape[0]} units",
-            mend="return one value per unit; a method never calls mean() or sum() over units",
+            f"term `{name}` is in unit `{unit.name}`, which this view does not have",
+            mend="use one of " + ", ".join(sorted([*counts, "constant"])),
         )
+    # Tokens come as [units, T]: their number is the mask's, not the shape's.
+    if not shape or (unit.name != "token" and shape[0] != counts[unit.name]):
+        raise _wrong_length(name, shape, f"{counts[unit.name]} units `{unit.name}`")
+    return float(counts[unit.name]) if unit.where is None else float(unit.where.sum())
+
+
+def _weighted(name: str, term: Term, weight: Tensor | None) -> Tensor:
+    values, where = term.values, term.kind.where
+    if weight is not None and term.kind.name != "constant":
+        if values.shape[0] != weight.shape[0]:
+            raise _wrong_length(name, tuple(values.shape), f"{weight.shape[0]} weights")
+        values = values * weight.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+    return values if where is None else torch.where(where, values, torch.zeros_like(values))
+
+
+def _wrong_length(name: str, shape: tuple[int, ...], units: str) -> ConfigError:
+    return ConfigError(
+        f"term `{name}` has values of shape {shape} for {units}",
+        mend="return one value per unit; a method never calls mean() or sum() over units",
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from align.methods.base import Method, method, option
+from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
@@ -15,10 +15,14 @@ class DPO(Method):
 
         loss = -log sigmoid(beta * (h_w - h_l)),   h = log pi(y|x) - log pi_ref(y|x), sums over tokens
 
-    One value per pair, in nats. Source: arXiv 2305.18290, Eq. 7.
+    One value per pair [P], in nats; log 2 at the reference. Exact minimiser with infinite data:
+    pi proportional to pi_ref exp(r / beta) for the Bradley-Terry reward r. Source: arXiv 2305.18290, Eq. 7.
     """
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash; larger moves the policy less")
 
     def loss(self, pairs: Pairs) -> Tensor:
-        return -logsigmoid(self.beta * pairs.delta)
+        return logistic(self.beta * pairs.delta)
+
+    def cautions(self) -> tuple[str, ...]:
+        return ("dpo: with `beta` above 1 the policy hardly moves",) if self.beta > 1 else ()

@@ -6,7 +6,7 @@ Views hold tensors and arithmetic only, so a method can be evaluated on bare num
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,16 @@ TOKEN_COLUMNS = (
     "token_reward",
 )
 COMPLETION_COLUMNS = ("label", "reward", "weight", "finished")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, else `dtype`: sums over tokens and losses are never taken in half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def wide(values: Tensor) -> Tensor:
+    """`values` in `wide_dtype`."""
+    return values.to(wide_dtype(values.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,20 +158,20 @@ class Completions:
     def weight(self) -> Tensor:
         """[N]; 1 where the data say nothing."""
         given = self.columns.get("weight")
-        return torch.ones(len(self), dtype=self.logp.dtype, device=self.mask.device) if given is None else given
+        return torch.ones(len(self), device=self.mask.device) if given is None else given
 
     @property
     def finished(self) -> Tensor:
         return self.column("finished")
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of [N, T] values over scored tokens, [N]."""
-        return torch.where(self.mask, values, torch.zeros_like(values)).sum(-1)
+        """Sum of [N, T] values over scored tokens, [N]; in float32 where they are of half precision."""
+        return torch.where(self.mask, wide(values), 0.0).sum(-1)
 
     @property
     def length(self) -> Tensor:
-        """Scored tokens of each completion, [N], in the dtype of `logp`."""
-        return self.mask.sum(-1).to(self.logp.dtype)
+        """Scored tokens of each completion, [N], in the dtype of a sum of `logp`."""
+        return self.mask.sum(-1).to(wide_dtype(self.logp.dtype))
 
     @property
     def sum_logp(self) -> Tensor:
@@ -179,11 +189,11 @@ class Completions:
     @property
     def log_ratio(self) -> Tensor:
         """h_t = log pi(y_t) - log pi_ref(y_t), [N, T]."""
-        return self.logp - self.ref_logp
+        return wide(self.logp) - wide(self.ref_logp)
 
     @property
     def sum_log_ratio(self) -> Tensor:
-        """h = log pi(y | x) - log pi_ref(y | x), [N]. Summed per token first: the difference of two long sums rounds."""
+        """h = log pi(y | x) - log pi_ref(y | x), [N]. Per token first: a difference of long sums rounds."""
         return self.sum(self.log_ratio)
 
     @property
@@ -194,10 +204,10 @@ class Completions:
         """The completions at `index` (long [M]), in that order."""
         picked = index.tolist() if self.role else ()
         return Completions(
-            mask=self.mask[index],
-            columns={name: column[index] for name, column in self.columns.items()},
-            anchors={name: column[index] for name, column in self.anchors.items()},
-            rewards={name: column[index] for name, column in self.rewards.items()},
+            mask=self.mask.index_select(0, index),
+            columns={name: column.index_select(0, index) for name, column in self.columns.items()},
+            anchors={name: column.index_select(0, index) for name, column in self.anchors.items()},
+            rewards={name: column.index_select(0, index) for name, column in self.rewards.items()},
             role=tuple(self.role[i] for i in picked),
         )
 
@@ -239,7 +249,8 @@ class Pairs(View):
         margin: [P] or None, how much better the chosen one is, in the data's unit.
         weight: [P] multiplies the values, never a count.
         baseline: Completions of length P or None, a third response (RPO's baseline).
-        samples: Completions or None, samples of a frozen policy for the same prompts.
+        samples: M Completions or None, samples of a frozen policy for the same prompts.
+        sample_pair: long [M] or None, the pair that each sample belongs to; every pair has at least one.
     """
 
     chosen: Completions
@@ -249,6 +260,7 @@ class Pairs(View):
     margin: Tensor | None = None
     baseline: Completions | None = None
     samples: Completions | None = None
+    sample_pair: Tensor | None = None
 
     own_unit = "pair"
 
@@ -265,7 +277,8 @@ class Pairs(View):
         return {"pair": len(self), "completion": 2 * len(self), "token": tokens}
 
     def weights(self) -> dict[str, Tensor]:
-        return {"pair": self.weight}
+        """Values in unit `token` are [P, T]; in unit `completion` [2 P], the chosen before the rejected."""
+        return {"pair": self.weight, "token": self.weight, "completion": torch.cat([self.weight, self.weight])}
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +300,8 @@ class Singles(View):
         return {"completion": len(self), "token": int(self.completions.mask.sum())}
 
     def weights(self) -> dict[str, Tensor]:
-        return {"completion": self.completions.weight}
+        """Values in unit `token` are [N, T]."""
+        return {"completion": self.completions.weight, "token": self.completions.weight}
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +335,15 @@ class Lists(View):
         return {"group": len(self), "completion": len(self.completions), "token": int(self.completions.mask.sum())}
 
     def weights(self) -> dict[str, Tensor]:
-        return {"group": self.weight, "completion": self.completions.weight}
+        """A group's weight holds for its completions and their tokens too; values in unit `token` are [N, T]."""
+        each = self.completions.weight * self.weight.index_select(0, self.group)
+        return {"group": self.weight, "completion": each, "token": each}
+
+
+def win_shares(ranks: Sequence[float]) -> list[float]:
+    """Ranks of one list (1 is best) to the share of the other completions that each beats, a tie counting half."""
+    others = max(len(ranks) - 1, 1)
+    return [(sum(r < other for other in ranks) + 0.5 * (ranks.count(r) - 1)) / others for r in ranks]
 
 
 @dataclass(frozen=True, eq=False)

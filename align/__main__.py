@@ -1,0 +1,5 @@
+"""`python -m align`."""
+
+from align.cli.main import main
+
+raise SystemExit(main())

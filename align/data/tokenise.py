@@ -1,0 +1,257 @@
+"""`Group` -> `TokenGroup`: one tokenizer, one view, one policy of truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from align.core.errors import ConfigError
+from align.core.hashing import digest
+from align.data.chat import Chat
+from align.data.encode import Encoder, scored_tokens
+from align.data.groups import Completion, Group, Segment, TokenCompletion, TokenGroup
+from align.data.rows import RowError
+from align.data.views import VIEWS, PairRule, select
+
+Score = Literal["last", "all"]
+Truncation = Literal["drop", "cut_prompt", "cut_completion"]
+_ALLOWED = {
+    "score": ("last", "all", None),
+    "truncation": ("drop", "cut_prompt", "cut_completion"),
+    "pairs": ("best_worst", "all", "adjacent"),
+    "view": VIEWS,
+}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is made once for a prompt: plain ids for joining, and the ids that the model gets."""
+
+    text: str
+    joining: list[int]
+    ids: np.ndarray
+
+
+class Tokeniser:
+    """Turns groups into token ids.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        view: the method's view.
+        max_length: most tokens of a prompt with one completion; None for no limit.
+        score: which assistant turns of an answer are scored; by default `all` for demonstrations, else `last`.
+        truncation: `drop` a row that is too long; `cut_prompt` from the left, conversations by whole turns (a system
+            turn stays), plain text by tokens (BOS stays); or `cut_completion` (`finished` is then false and no end is
+            scored).
+        chat_template: see `Chat`.
+        pairs: how pairs are made of more than two answers.
+        needs: columns that the method reads; `reward` and `ties` change what is made of a row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        view: str,
+        max_length: int | None = 2048,
+        score: Score | None = None,
+        truncation: Truncation = "drop",
+        chat_template: str | None = None,
+        pairs: PairRule = "best_worst",
+        needs: Collection[str] = frozenset(),
+    ) -> None:
+        given = {"score": score, "truncation": truncation, "pairs": pairs, "view": view}
+        for name, value in given.items():
+            if value not in _ALLOWED[name]:
+                raise ConfigError(f"`{name}` is {value!r}", mend="use one of " + ", ".join(map(str, _ALLOWED[name])))
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"`max_length` is {max_length}", mend="use 2 or more tokens, or null for no limit")
+        self.view, self.max_length, self.truncation, self.pairs = view, max_length, truncation, pairs
+        self.score: Score = score or ("all" if view == "demonstrations" else "last")
+        self.needs = frozenset(needs)
+        self.encoder = Encoder(tokenizer)
+        self._template = chat_template
+        self._chat: Chat | None = None
+
+    @property
+    def chat(self) -> Chat:
+        """Made (and checked) at the first conversation: plain text needs no template."""
+        if self._chat is None:
+            self._chat = Chat(self.encoder, self._template)
+        return self._chat
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that determines ids: vocabulary, template, options."""
+        tokenizer = self.encoder.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        template = str(getattr(tokenizer, "chat_template", None))
+        options = [self.view, self.max_length, self.score, self.truncation, self.pairs, sorted(self.needs)]
+        return digest([vocabulary, template, self._template, options, self.encoder.start, self.encoder.eos])
+
+    def __call__(self, group: Group) -> TokenGroup:
+        """Tokens of the part of the group that the view reads.
+
+        Raises:
+            RowError: nothing in it for this view, an empty completion, too long, tied once tokenised.
+            ModelError: the tokenizer lacks an EOS token or a chat template that these rows need.
+        """
+        chosen = select(group, self.view, self.pairs, "ties" in self.needs, "reward" in self.needs)
+        group = replace(group, completions=chosen.completions, preferences=chosen.preferences)
+        made = self._fitted(group)
+        _refuse_equal(made)
+        return made
+
+    def _fitted(self, group: Group) -> TokenGroup:
+        made = self._made(group)
+        limit = self.max_length
+        if limit is None or _longest(made) <= limit:
+            return made
+        if self.truncation == "cut_prompt":
+            return self._cut_prompt(group, made, limit)
+        if self.truncation == "cut_completion":
+            return _cut_completions(made, limit)
+        raise RowError("", "too long for `max_length`", dropped=True)
+
+    def _made(self, group: Group) -> TokenGroup:
+        prompt = self._prompt(group)
+        completions = tuple(self._completion(group, prompt, completion) for completion in group.completions)
+        ids = prompt.ids
+        if not len(ids) and completions:
+            # Without a BOS the first token of a text has no context: it becomes the prompt, and is not scored.
+            ids = completions[0].ids[:1]
+            completions = tuple(_without_first(completion) for completion in completions)
+        return TokenGroup(row=group.row, prompt=ids, completions=completions, preferences=group.preferences)
+
+    def _prompt(self, group: Group) -> _Prompt:
+        if isinstance(group.prompt, str):
+            joining = self.encoder.ids(group.prompt)
+            return _Prompt(group.prompt, joining, _array(self.encoder.with_start(joining)))
+        text = self.chat.render(group.prompt, group.tools, ask=True)
+        joining = self.encoder.ids(text)
+        return _Prompt(text, joining, _array(joining))
+
+    def _completion(self, group: Group, prompt: _Prompt, completion: Completion) -> TokenCompletion:
+        segments = self._scored(completion.segments)
+        if isinstance(group.prompt, str):
+            tokens = self._plain(prompt, segments)
+        else:
+            tokens = self.chat.completion(group.prompt, prompt.text, prompt.joining, segments, group.tools)
+        if not tokens.mask.any():
+            raise RowError("completion", "no token is scored")
+        return replace(
+            tokens,
+            label=completion.label,
+            reward=completion.reward,
+            rewards=completion.rewards,
+            rank=completion.rank,
+            weight=completion.weight,
+            role=completion.role,
+        )
+
+    def _scored(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        if self.score == "all":
+            return segments
+        last = max((place for place, segment in enumerate(segments) if segment.scored), default=-1)
+        return tuple(
+            replace(segment, scored=segment.scored and place == last) for place, segment in enumerate(segments)
+        )
+
+    def _plain(self, prompt: _Prompt, segments: tuple[Segment, ...]) -> TokenCompletion:
+        text = "".join(segment.text for segment in segments)
+        eos = self.encoder.need_eos()
+        text = text.removesuffix(self.encoder.eos_text)  # appended once below, as an id
+        if not text.strip():
+            raise RowError("completion", "empty")
+        ids = self.encoder.continuation(prompt.text, prompt.joining, text)
+        mask, step = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.int64)
+        if len(segments) > 1:
+            mask, step = self._plain_turns(prompt, text, segments, ids)
+        return TokenCompletion(
+            ids=_array([*ids, eos]), mask=np.append(mask, True), step=np.append(step, step[-1:].max(initial=0))
+        )
+
+    def _plain_turns(
+        self, prompt: _Prompt, text: str, segments: tuple[Segment, ...], ids: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask and step of a completion of several turns; a token over the edge of a turn is not scored."""
+        joined, spans = self.encoder.ids_and_spans(prompt.text + text)
+        if joined[len(prompt.joining) :] != ids:
+            raise RowError("completion", "tokens merge across the end of the prompt")
+        spans = spans[len(prompt.joining) :]
+        mask, step = np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.int64)
+        low = len(prompt.text)
+        for segment in segments:
+            inside = scored_tokens(spans, [(low, low + len(segment.text))])
+            step[inside] = segment.step
+            if segment.scored:
+                mask |= inside
+            low += len(segment.text)
+        return mask, step
+
+    def _cut_prompt(self, group: Group, made: TokenGroup, limit: int) -> TokenGroup:
+        longest = max((len(completion) for completion in made.completions), default=0)
+        room = limit - longest
+        if isinstance(group.prompt, str):
+            start = list(self.encoder.start)
+            if room <= len(start):
+                raise RowError("", "the completion alone is too long for `max_length`", dropped=True)
+            kept = made.prompt[len(made.prompt) - (room - len(start)) :]
+            return replace(made, prompt=_array([*start, *kept]))
+        opening = tuple(message for message in group.prompt if message["role"] in ("system", "developer"))
+        turns = group.prompt[len(opening) :]
+        for place in range(1, len(turns)):
+            if turns[place]["role"] != "user":
+                continue
+            shorter = self._made(replace(group, prompt=(*opening, *turns[place:])))
+            if _longest(shorter) <= limit:
+                return shorter
+        raise RowError("", "too long for `max_length` with the last turn of the prompt alone", dropped=True)
+
+
+def _cut_completions(made: TokenGroup, limit: int) -> TokenGroup:
+    room = limit - len(made.prompt)
+    if room < 1:
+        raise RowError("", "the prompt alone is too long for `max_length`", dropped=True)
+    cut = []
+    for completion in made.completions:
+        if len(completion) > room:
+            completion = replace(
+                completion,
+                ids=completion.ids[:room],
+                mask=completion.mask[:room],
+                step=completion.step[:room],
+                finished=False,
+            )
+            if not completion.mask.any():
+                raise RowError("", "no scored token is left within `max_length`", dropped=True)
+        cut.append(completion)
+    return replace(made, completions=tuple(cut))
+
+
+def _without_first(completion: TokenCompletion) -> TokenCompletion:
+    if len(completion) < 2:
+        raise RowError("completion", "one token only, and nothing before it to predict it from")
+    return replace(completion, ids=completion.ids[1:], mask=completion.mask[1:], step=completion.step[1:])
+
+
+def _refuse_equal(made: TokenGroup) -> None:
+    """A preference between equal tokens (mostly made so by a cut) teaches nothing."""
+    pairs = [(pair.winner, pair.loser) for pair in made.preferences if not pair.tie]
+    if len(made.completions) == 2 and not pairs:
+        one, other = made.completions
+        if (one.label, one.reward) != (other.label, other.reward):
+            pairs = [(0, 1)]
+    if any(np.array_equal(made.completions[a].ids, made.completions[b].ids) for a, b in pairs):
+        raise RowError("", "the two answers are the same tokens")
+
+
+def _longest(made: TokenGroup) -> int:
+    return len(made.prompt) + max((len(completion) for completion in made.completions), default=0)
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int64)

@@ -1,0 +1,176 @@
+"""What holds between the sections of a recipe: options nobody reads, paths that are not there, resolved defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.core.errors import AlignError, ConfigError
+from align.core.options import declared
+from align.recipe.sections import Recipe, Stream
+
+_DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What the chosen method, with its options, reads."""
+
+    view: str
+    reference: bool
+    value: bool
+
+    @classmethod
+    def of(cls, method: Any) -> Uses:
+        needs = method.requires()
+        return cls(
+            view=method.view,
+            reference=any(name == "ref_logp" or name.startswith("kl_") for name in needs),
+            value="value" in needs,
+        )
+
+
+def build_method(cls: type, values: Mapping[str, Any]) -> Any:
+    """A method from options by field name or public name (`lambda` for `lambda_`)."""
+    fields = {name: field.name for name, field, *_ in declared(cls)}
+    return cls(**{fields.get(name, name): value for name, value in values.items()})
+
+
+def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
+    """`section.key` -> why nothing reads it in this recipe."""
+    found: dict[str, str] = {}
+    if uses.view != "pairs":
+        found["data.pairs"] = f"`{recipe.method.name}` reads {uses.view}, not pairs"
+    if not uses.value:
+        found |= dict.fromkeys(
+            ("train.value_learning_rate", "train.value_max_grad_norm"), f"`{recipe.method.name}` has no value role"
+        )
+    found |= _unused_reference(recipe, uses)
+    if recipe.train.max_steps is not None:
+        found["train.num_train_epochs"] = "`train.max_steps` says how long the run is"
+    if recipe.train.lr_scheduler_type == "constant":
+        found["train.warmup_steps"] = "`constant` has no warm-up; `constant_with_warmup` has"
+    if not recipe.data.eval:
+        found |= dict.fromkeys(("eval.every", "eval.best", "eval.patience"), "there is no `data.eval`")
+    elif recipe.eval.every is None:
+        found |= dict.fromkeys(("data.eval", "eval.best"), "`eval.every` is null")
+    if recipe.eval.best is None:
+        found.setdefault("eval.patience", "there is no `eval.best` to be patient about")
+    return found
+
+
+def _unused_reference(recipe: Recipe, uses: Uses) -> dict[str, str]:
+    keys = {name: f"reference.{name}" for name, *_ in declared(type(recipe.reference))}
+    if not uses.reference:
+        return dict.fromkeys(keys.values(), f"`{recipe.method.name}` reads no reference")
+    kind = recipe.reference.kind
+    found = {}
+    if kind != "cached":
+        found[keys["cache_dir"]] = f"it is read with `kind: cached`, not `{kind}`"
+    if kind != "ema":
+        found |= dict.fromkeys((keys["decay"], keys["every"]), f"it is read with `kind: ema`, not `{kind}`")
+    if kind in ("adapter_off", "ema"):
+        found[keys["model"]] = f"with `kind: {kind}` the reference comes from the policy"
+    return found
+
+
+def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterator[AlignError]:
+    """Yield the faults that show only between sections. `given`: what was written -> where."""
+    if uses is not None:
+        for key, why in unused(recipe, uses).items():
+            if key in given:
+                yield ConfigError(f"`{key}` is unused", where=given[key], why=why, mend="remove it")
+    if recipe.reference.kind == "adapter_off" and recipe.model.peft is None:
+        yield ConfigError(
+            "`reference.kind: adapter_off` without an adapter",
+            where=given.get("reference.kind", ""),
+            mend="add `model.peft`, or use `frozen`",
+        )
+    for key, streams in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        yield from _streams(key, streams, given)
+    yield from _paths(recipe, given)
+
+
+def _streams(key: str, streams: tuple[Stream, ...], given: Mapping[str, str]) -> Iterator[AlignError]:
+    for number, stream in enumerate(streams):
+        where = given.get(f"{key}.{number}.name", given.get(key, ""))
+        if _looks_local(stream.name, _DATA_FILES) and not Path(stream.name).expanduser().exists():
+            yield ConfigError(f"there is no `{stream.name}`", where=where, mend="check the path")
+        if stream.weight != 1.0:
+            yield ConfigError(
+                f"`{key}.{number}.weight` is {stream.weight:g}",
+                where=given.get(f"{key}.{number}.weight", where),
+                why="streams are joined, not yet mixed by weight",
+                mend="leave it at 1, or set `max_rows`",
+            )
+
+
+def _paths(recipe: Recipe, given: Mapping[str, str]) -> Iterator[AlignError]:
+    for key, name in (("model.name", recipe.model.name), ("reference.model", recipe.reference.model)):
+        if name and _looks_local(name, ()) and not Path(name).expanduser().is_dir():
+            yield ConfigError(f"there is no model folder `{name}`", where=given.get(key, ""), mend="check the path")
+    if recipe.model.revision is not None and Path(recipe.model.name).expanduser().is_dir():
+        yield ConfigError(
+            "`model.revision` is unused",
+            where=given.get("model.revision", ""),
+            why="the model is a folder, not a hub id",
+            mend="remove it",
+        )
+    template = recipe.data.chat_template
+    if template != "model" and not Path(template).expanduser().is_file():
+        yield ConfigError(
+            f"there is no chat template `{template}`",
+            where=given.get("data.chat_template", ""),
+            mend="write `model`, or the path of a Jinja file",
+        )
+    resume = recipe.train.resume
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        yield ConfigError(
+            f"there is no checkpoint folder `{resume}`",
+            where=given.get("train.resume", ""),
+            mend="write auto, never, or the path of a checkpoint folder",
+        )
+
+
+def _looks_local(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.endswith(suffixes or ("/",))
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Fill in what depends on several sections: the learning rate; no evaluation without its data."""
+    train, evaluation = recipe.train, recipe.eval
+    if train.learning_rate is None:
+        from align.trainers.config import default_learning_rate  # slow to import, and most recipes name a rate
+
+        rate = default_learning_rate(recipe.method.name, recipe.model.peft is not None)
+        train = dataclasses.replace(train, learning_rate=rate)
+    if not recipe.data.eval:
+        evaluation = dataclasses.replace(evaluation, every=None)
+    return dataclasses.replace(recipe, train=train, eval=evaluation)
+
+
+def to_plain(recipe: Recipe, uses: Uses) -> dict[str, Any]:
+    """The recipe as nested plain values, without what nothing reads, so that loading it again gives the same run."""
+    plain = dataclasses.asdict(recipe)
+    plain["method"] = {"name": recipe.method.name, **recipe.method.options}
+    for key in unused(recipe, uses):
+        section, _, name = key.partition(".")
+        plain[section].pop(name, None)
+    if not plain["data"].get("eval"):
+        plain["data"].pop("eval", None)
+    for key in ("train", "eval"):
+        if key in plain["data"]:
+            plain["data"][key] = [
+                {name: value for name, value in stream.items() if name != "weight"} for stream in plain["data"][key]
+            ]
+    return {section: values for section, values in plain.items() if values}
+
+
+def to_yaml(recipe: Recipe, uses: Uses) -> str:
+    """The resolved recipe as a file."""
+    return yaml.safe_dump(to_plain(recipe, uses), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,150 @@
+"""From a checked recipe to a trained model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import AlignError, ConfigError
+from align.core.registry import METHODS
+from align.recipe import provenance, rules
+from align.recipe.sections import Peft, Recipe, Stream
+
+
+def run(recipe: Recipe) -> Path:
+    """Train what a recipe says; return the output folder. Every rank of a launch calls it.
+
+    Raises:
+        AlignError: whatever stops the run, with what to do about it.
+    """
+    prepare(recipe).train()
+    return Path(recipe.train.output_dir).expanduser()
+
+
+def prepare(recipe: Recipe) -> Any:
+    """Check the output folder, write the run's records into it, and build the trainer.
+
+    Raises:
+        CheckpointError: the output folder holds something else.
+        ConfigError: it holds a run that this recipe may not continue, or a value that a library refuses.
+    """
+    method = rules.build_method(METHODS.get(recipe.method.name), recipe.method.options)
+    uses = rules.Uses.of(method)
+    if os.environ.get("RANK", "0") == "0":
+        provenance.check_output(recipe, uses)
+        provenance.save(recipe, uses)
+    return build(recipe, method)
+
+
+def build(recipe: Recipe, method: Any) -> Any:
+    """The trainer of a recipe, ready to train."""
+    from align.trainers import PreferenceTrainer
+
+    return PreferenceTrainer(
+        model=_model(recipe),
+        method=method,
+        args=arguments(recipe),
+        train_dataset=[_stream(stream) for stream in recipe.data.train],
+        eval_dataset=[_stream(stream) for stream in recipe.data.eval] or None,
+        peft_config=_peft(recipe.model.peft),
+    )
+
+
+def arguments(recipe: Recipe) -> Any:
+    """The `AlignConfig` of a recipe.
+
+    Raises:
+        ConfigError: transformers refuses a value (an optimiser's name, a reporting tool).
+    """
+    from align.trainers import AlignConfig
+
+    values = {**_shared_names(recipe), **_renamed(recipe)}
+    try:
+        return AlignConfig(**values)
+    except AlignError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError("the `train` section cannot be used", why=str(error)) from error
+
+
+def _shared_names(recipe: Recipe) -> dict[str, Any]:
+    """Options that have the same name in the recipe and in `AlignConfig`."""
+    model, data, train = recipe.model, recipe.data, recipe.train
+    values = {name: getattr(model, name) for name in ("dtype", "backend", "gradient_checkpointing")}
+    values["trust_remote_code"] = model.trust_remote_code
+    for name in ("score", "max_length", "truncation", "pairs", "max_bad_fraction", "shuffle"):
+        values[name] = getattr(data, name)
+    for name in (
+        "learning_rate",
+        "global_batch_size",
+        "num_train_epochs",
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "seed",
+        "tokens_per_micro_batch",
+        "value_learning_rate",
+        "value_max_grad_norm",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+    ):
+        values[name] = getattr(train, name)
+    return values
+
+
+def _renamed(recipe: Recipe) -> dict[str, Any]:
+    data, train, reference = recipe.data, recipe.train, recipe.reference
+    return {
+        "output_dir": str(Path(train.output_dir).expanduser()),
+        "max_steps": -1 if train.max_steps is None else train.max_steps,
+        "warmup_steps": 0 if train.lr_scheduler_type == "constant" else train.warmup_steps,
+        "resume": train.resume if train.resume in ("auto", "never") else str(Path(train.resume).expanduser()),
+        "chat_template": None if data.chat_template == "model" else str(Path(data.chat_template).expanduser()),
+        "reference": reference.kind,
+        "reference_model": _expanded(reference.model),
+        "reference_cache": _expanded(reference.cache_dir),
+        "ema_decay": reference.decay,
+        "ema_every": reference.every,
+        "eval_every": recipe.eval.every,
+        "best_metric": recipe.eval.best,
+        "patience": recipe.eval.patience,
+    }
+
+
+def _model(recipe: Recipe) -> str:
+    """The model's folder or hub id; a revision is fetched by itself, so that what is trained is what was named."""
+    if recipe.model.revision is None:
+        return str(_expanded(recipe.model.name))
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(recipe.model.name, revision=recipe.model.revision)
+
+
+def _stream(stream: Stream) -> dict[str, Any]:
+    values = {"name": _expanded(stream.name), "split": stream.split, "winner": stream.winner}
+    return {**values, "max_rows": stream.max_rows}
+
+
+def _peft(peft: Peft | None) -> Any:
+    if peft is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        modules_to_save=peft.modules_to_save,
+        bias=peft.bias,
+        use_rslora=peft.use_rslora,
+    )
+
+
+def _expanded(name: str | None) -> str | None:
+    return str(Path(name).expanduser()) if name and name.startswith("~") else name

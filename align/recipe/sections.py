@@ -1,0 +1,140 @@
+"""The sections of a recipe: their options, defaults, ranges and what each means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from align.core.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peft:
+    """A LoRA adapter, in PEFT's names."""
+
+    r: int = option(64, at_least=1, doc="rank")
+    lora_alpha: float = option(64.0, above=0, doc="scale of the update, times 1/r")
+    lora_dropout: float = option(0.0, at_least=0, below=1, doc="dropout of the adapter's input")
+    target_modules: Any = option("all-linear", doc="`all-linear`, a regular expression, or a list of module names")
+    modules_to_save: Any = option(None, doc="modules trained in full beside the adapter, a list of names")
+    bias: Literal["none", "all", "lora_only"] = option("none", doc="which biases are trained")
+    use_rslora: bool = option(False, doc="scale by 1/sqrt(r) instead of 1/r")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model to train."""
+
+    name: str = option(doc="hub id or folder")
+    revision: str | None = option(None, doc="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", doc="compute and frozen weights; trained ones are float32"
+    )
+    backend: Literal["auto", "tree", "sdpa", "flex", "padded"] = option("auto", doc="how packed prompts are attended")
+    gradient_checkpointing: bool = option(False, doc="recompute activations in the backward pass")
+    trust_remote_code: bool = option(False, doc="run code that a model folder brings")
+    peft: Peft | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One source of rows."""
+
+    name: str = option(doc="hub id, file or folder")
+    split: str | None = option(None, doc="split of a data set that has several")
+    winner: str | None = option(None, doc="how a row says which answer won, where its columns do not")
+    max_rows: int | None = option(None, at_least=1, doc="rows read, from the first; null: all")
+    weight: float = option(1.0, above=0, doc="share of the stream in the mixture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and how it becomes tokens."""
+
+    train: tuple[Stream, ...] = ()
+    eval: tuple[Stream, ...] = ()
+    score: Literal["last", "all"] | None = option(None, doc="assistant turns that count; null: by the method's view")
+    chat_template: str = option("model", doc="`model`, or the path of a Jinja file")
+    max_length: int = option(2048, at_least=2, doc="tokens of prompt and completion together")
+    truncation: Literal["drop", "cut_prompt", "cut_completion"] = option("drop", doc="what becomes of longer rows")
+    pairs: Literal["best_worst", "all", "adjacent"] = option("best_worst", doc="pairs out of more than two answers")
+    max_bad_fraction: float = option(0.01, at_least=0, at_most=1, doc="share of bad rows above which a run stops")
+    shuffle: bool = option(True, doc="mix the rows of every epoch; false: file order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where the reference's log-probabilities come from."""
+
+    kind: Literal["auto", "frozen", "adapter_off", "cached", "ema"] = option("auto", doc="auto: by adapter")
+    model: str | None = option(None, doc="hub id or folder; null: the starting policy")
+    cache_dir: str | None = option(None, doc="folder of cached log-probabilities, with `kind: cached`")
+    decay: float = option(0.6, above=0, at_most=1, doc="weight of the policy in a refresh, with `kind: ema`")
+    every: int = option(512, at_least=1, doc="optimiser steps between refreshes, with `kind: ema`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The run."""
+
+    output_dir: str = option(doc="folder of the run")
+    learning_rate: float | None = option(None, above=0, doc="peak; null: by method and adapter kind")
+    global_batch_size: int = option(64, at_least=1, doc="units of the method (pairs, ...) a step, over all ranks")
+    num_train_epochs: float = option(1.0, above=0, doc="passes over the data")
+    max_steps: int | None = option(None, at_least=1, doc="optimiser steps, instead of epochs")
+    warmup_steps: float = option(0.1, at_least=0, doc="steps (>= 1) or share of the run (< 1) of warm-up")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"] = (
+        option("linear", doc="the learning rate's course")
+    )
+    weight_decay: float = option(0.0, at_least=0, doc="decoupled weight decay")
+    max_grad_norm: float = option(1.0, at_least=0, doc="clip norm; 0: no clipping")
+    optim: str = option("adamw_torch", doc="an optimiser of transformers")
+    seed: int = option(42, at_least=0, doc="seed of everything random")
+    tokens_per_micro_batch: int | None = option(None, at_least=1, doc="memory budget; null: by device")
+    value_learning_rate: float | None = option(None, above=0, doc="of a value role; null: the policy's")
+    value_max_grad_norm: float | None = option(None, above=0, doc="own clip norm of a value role")
+    logging_steps: float = option(10.0, above=0, doc="steps (>= 1) or share of the run (< 1) between log lines")
+    save_steps: float = option(500.0, above=0, doc="steps (>= 1) or share of the run (< 1) between checkpoints")
+    save_total_limit: int | None = option(2, at_least=1, doc="checkpoints kept; null: all")
+    resume: str = option("auto", doc="auto, never, or a checkpoint folder")
+    report_to: str = option("none", doc="where metrics go besides the run's own log: wandb, tensorboard, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluation on held-out rows."""
+
+    every: float | None = option(0.1, above=0, doc="steps (>= 1) or share of the run (< 1) between evaluations")
+    best: str | None = option(None, doc="metric that names the best checkpoint")
+    patience: int | None = option(None, at_least=1, doc="evaluations without a better one before the run stops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the numbers of a recipe come from. Read by people."""
+
+    paper: str = option("", doc="arXiv number or address")
+    claim: str = option("", doc="what the source reports")
+    checked: str = option("", doc="what was checked here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodChoice:
+    """The method's id (or `my_pkg.my_file:MyMethod`) and all its options, by public name."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run, checked, with every default filled in."""
+
+    model: Model
+    method: MethodChoice
+    data: Data
+    train: Train
+    reference: Reference = field(default_factory=Reference)
+    eval: Eval = field(default_factory=Eval)
+    provenance: Provenance = field(default_factory=Provenance)

@@ -1,0 +1,71 @@
+"""Callbacks every run has: the local log, what follows an optimiser step, what a resume restores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from align.core.files import atomic_write
+
+LOG_FILE = "log.jsonl"
+
+
+class JsonlLog(TrainerCallback):
+    """Every logged number in `output_dir/log.jsonl`, a line each; nothing leaves the machine."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = Path(args.output_dir) / LOG_FILE
+        if state.is_world_process_zero and path.is_file():
+            # A run killed after its last checkpoint logged steps that will be run, and logged, again.
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
+            atomic_write(path, "".join(f"{line}\n" for line in lines))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            path = Path(args.output_dir) / LOG_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}, default=float) + "\n")
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # a torn last line
+
+
+class Patience(EarlyStoppingCallback):
+    """Stops after so many evaluations without a better metric; the best checkpoint is what the run leaves."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Transformers warns here that the best model is not loaded at the end; ours is copied."""
+
+
+class AfterStep(TrainerCallback):
+    """Lets the method and a moving reference follow an optimiser step, before anything is saved."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        roles = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.trainer.method.after_step(roles)
+        follow = getattr(self.trainer.column, "after_step", None)
+        if follow is not None:
+            follow(roles.policy)
+
+
+class RestoreLogState(TrainerCallback):
+    """Trainer zeroes its running loss after it has loaded a checkpoint; this puts ours back."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.folder: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.folder is not None:
+            self.trainer.restore_own_state(self.folder)

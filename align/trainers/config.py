@@ -1,0 +1,136 @@
+"""`AlignConfig`: transformers' training arguments, and what the packed step needs beyond them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from align.core.errors import ConfigError
+
+BACKENDS = ("auto", "tree", "sdpa", "flex", "padded")
+REFERENCES = ("auto", "frozen", "adapter_off", "cached", "ema")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "backend": BACKENDS,
+    "reference": REFERENCES,
+    "dtype": ("float32", "bfloat16"),
+    "score": (None, "last", "all"),
+    "pairs": ("best_worst", "all", "adjacent"),
+    "truncation": ("drop", "cut_prompt", "cut_completion"),
+}
+_POSITIVE = ("global_batch_size", "max_length", "ema_every")
+
+
+def _doc(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class AlignConfig(TrainingArguments):
+    """Arguments of a run. Everything of `transformers.TrainingArguments` holds, except:
+
+    one step is one global batch of `global_batch_size` units, cut into micro-batches by tokens, so
+    `per_device_train_batch_size` has no effect and `gradient_accumulation_steps` must stay 1; `learning_rate` defaults
+    by method and adapter kind, never to 5e-5; `bf16` means `dtype="bfloat16"`: compute in bfloat16, trainable weights
+    and optimiser state in float32.
+    """
+
+    learning_rate: float | None = _doc(None, "peak learning rate; None: by method and adapter kind")  # type: ignore[assignment]
+    global_batch_size: int = _doc(64, "units of the method per optimiser step, over all ranks")
+    max_length: int = _doc(2048, "tokens of prompt and completion together")
+    tokens_per_micro_batch: int | None = _doc(None, "token budget of a micro-batch; None: 1024 on CPU, 16384 on GPU")
+    backend: str = _doc("auto", "attention back end")
+    dtype: str = _doc("float32", "dtype of compute and of frozen weights")
+    score: str | None = _doc(None, "which assistant turns count: last, all; None: by view")
+    pairs: str = _doc("best_worst", "pairs out of more than two completions")
+    truncation: str = _doc("drop", "what becomes of rows longer than max_length")
+    chat_template: str | None = _doc(None, "path of a Jinja chat template; None: the tokenizer's")
+    max_bad_fraction: float = _doc(0.01, "share of bad rows above which the run stops")
+    shuffle: bool = _doc(True, "block-shuffle the rows of every epoch; False: file order")
+    reference: str = _doc("auto", "where reference log-probabilities come from")
+    reference_model: str | None = _doc(None, "path or hub id of the reference; None: the starting policy")
+    reference_cache: str | None = _doc(None, "folder of the log-prob cache; None: ~/.cache/align/logps")
+    ema_decay: float = _doc(0.6, "weight of the policy in an EMA refresh")
+    ema_every: int = _doc(512, "optimiser steps between EMA refreshes")
+    value_learning_rate: float | None = _doc(None, "learning rate of the value role; None: the policy's")
+    value_max_grad_norm: float | None = _doc(None, "own clip norm of the value role; None: clipped with the policy")
+    resume: str = _doc("auto", "auto, never, or a checkpoint folder")
+    eval_every: float | None = _doc(None, "steps (>= 1) or share of the run (< 1) between evaluations")
+    best_metric: str | None = _doc(None, "evaluation metric that names the best checkpoint")
+    patience: int | None = _doc(None, "evaluations without a better best_metric before the run stops")
+    trust_remote_code: bool = _doc(False, "run code that a model folder brings")
+    logging_steps: float = _doc(10, "steps between log lines")
+    report_to: None | str | list[str] = _doc("none", "where metrics go besides the local log")
+    warmup_steps: float = _doc(0.1, "steps (>= 1) or share of the run (< 1) of linear warm-up")
+
+    def __post_init__(self) -> None:
+        self._refuse()
+        if self.bf16:
+            self.dtype, self.bf16 = "bfloat16", False
+        if self.fp16:
+            raise ConfigError("`fp16` is not supported", mend="use dtype bfloat16 or float32")
+        # A shown NaN is a mended NaN: the filter would replace it by a running mean.
+        self.logging_nan_inf_filter = False
+        self.remove_unused_columns = False
+        if self.eval_every is not None:
+            self.eval_strategy, self.eval_steps = "steps", self.eval_every  # type: ignore[assignment]
+        given = self.learning_rate
+        self.learning_rate = 0.0 if given is None else given
+        super().__post_init__()
+        self.learning_rate = given
+
+    def _refuse(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"`{name}` is {getattr(self, name)!r}", mend="use one of " + ", ".join(map(str, choices))
+                )
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}", mend="use a whole number >= 1")
+        if self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}",
+                why="one step is one global batch; accumulating several would count each by itself",
+                mend="set `global_batch_size`, and `tokens_per_micro_batch` for memory",
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"`max_bad_fraction` is {self.max_bad_fraction}", mend="use a number from 0 to 1")
+        if not 0 < self.ema_decay <= 1:
+            raise ConfigError(f"`ema_decay` is {self.ema_decay}", mend="use a number > 0 and <= 1")
+        if self.patience is not None and self.best_metric is None:
+            raise ConfigError("`patience` without `best_metric`", mend="name the metric to be patient about")
+        if self.best_metric is not None and self.eval_every is None and str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+            raise ConfigError("`best_metric` without evaluations", mend="set `eval_every`")
+
+
+HIGHER_IS_BETTER = ("accuracy", "rewards/accuracies", "rewards/margins", "win_rate", "reward")
+ALIASES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+"""Short names of metrics that recipes may use."""
+
+
+def metric_name(short: str) -> str:
+    """The name that evaluation logs, without `eval_`."""
+    plain = short.removeprefix("eval_")
+    return ALIASES.get(plain, plain)
+
+
+def higher_is_better(metric: str) -> bool:
+    plain = metric_name(metric)
+    return plain in {metric_name(name) for name in HIGHER_IS_BETTER}
+
+
+LEARNING_RATES = {
+    "sft": 2.0e-5,
+    "simpo": 1.0e-6,
+    "orpo": 8.0e-6,
+    "kto": 1.0e-6,
+    "ipo": 5.0e-7,
+}
+"""Full fine-tuning; other methods take 5e-7 (docs/defaults.md names the sources). With an adapter ten times as much."""
+
+
+def default_learning_rate(method_id: str, adapter: bool) -> float:
+    rate = LEARNING_RATES.get(method_id, 5.0e-7)
+    return rate * 10 if adapter else rate

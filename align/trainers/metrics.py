@@ -1,0 +1,118 @@
+"""Training and evaluation metrics as (sum, count), reduced over ranks once per log line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from align.methods.base import Method, Terms
+from align.scoring.views import Completions, Lists, Pairs, Singles, View
+
+Measured = dict[str, tuple[Tensor, float]]
+
+
+def implicit_reward(method: Method, completions: Completions) -> Tensor:
+    """The reward a method gives a completion, [N]: beta * h with a reference, beta * log pi(y|x)/|y| without."""
+    own = getattr(method, "implicit_reward", None)
+    if own is not None:
+        return own(completions)
+    beta = float(getattr(method, "beta", 1.0))
+    if "ref_logp" in completions.columns:
+        return beta * completions.sum_log_ratio
+    return beta * completions.mean_logp
+
+
+def measure(method: Method, view: View) -> Measured:
+    """TRL's names where TRL has one: `rewards/chosen`, `logps/rejected`, ..."""
+    with torch.no_grad():
+        if isinstance(view, Pairs):
+            return _pairs(method, view)
+        if isinstance(view, Lists):
+            return _completions(view.completions, "")
+        if isinstance(view, Singles):
+            return _singles(method, view)
+    return {}
+
+
+def _pairs(method: Method, view: Pairs) -> Measured:
+    chosen, rejected = implicit_reward(method, view.chosen), implicit_reward(method, view.rejected)
+    count = float(len(view))
+    measured: Measured = {
+        "rewards/chosen": (chosen.sum(), count),
+        "rewards/rejected": (rejected.sum(), count),
+        "rewards/margins": ((chosen - rejected).sum(), count),
+        "rewards/accuracies": ((chosen > rejected).float().sum(), count),
+    }
+    measured |= _completions(view.chosen, "/chosen") | _completions(view.rejected, "/rejected")
+    if "ref_logp" in view.chosen.columns:
+        measured["displacement"] = ((view.chosen.sum_log_ratio < 0).float().sum(), count)
+    return measured
+
+
+def _singles(method: Method, view: Singles) -> Measured:
+    measured = _completions(view.completions, "")
+    if "label" not in view.completions.columns or "ref_logp" not in view.completions.columns:
+        return measured
+    reward, label = implicit_reward(method, view.completions), view.completions.label
+    for name, where in (("chosen", label), ("rejected", ~label)):
+        measured[f"rewards/{name}"] = (reward[where].sum(), float(where.sum()))
+    return measured
+
+
+def _completions(completions: Completions, suffix: str) -> Measured:
+    count, tokens = float(len(completions)), float(completions.mask.sum())
+    measured: Measured = {
+        f"logps{suffix}": (completions.sum_logp.sum(), count),
+        f"logps_per_token{suffix}": (completions.sum_logp.sum(), tokens),
+        f"length{suffix}": (completions.length.sum(), count),
+    }
+    if "ref_logp" in completions.columns and not suffix:
+        measured["kl"] = (completions.sum_log_ratio.sum(), count)
+    return measured
+
+
+class Meter:
+    """Adds (sum, count) on the rank; one reduction per log line."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float | Tensor]] = {}
+
+    def add(self, measured: Mapping[str, tuple[Tensor, float]]) -> None:
+        for name, (total, count) in measured.items():
+            held = self.sums.setdefault(name, [0.0, 0.0])
+            held[0] = held[0] + total.detach().double()
+            held[1] = held[1] + count
+
+    def add_terms(self, terms: Terms) -> None:
+        """Each term of a loss of several, as its own mean."""
+        if len(terms) > 1:
+            self.add({f"terms/{name}": (t.scale * t.values.sum(), terms.counts[name]) for name, t in terms.items()})
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: [float(total), float(count)] for name, (total, count) in self.sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self.sums = {name: list(pair) for name, pair in state.items()}
+
+    def drain(self, device: torch.device, world: int) -> dict[str, float]:
+        """Means over all ranks, and an empty meter. A collective where `world` > 1: every rank must call it."""
+        held = self.state_dict()
+        self.sums = {}
+        if world > 1:
+            held = _reduce(held, device, world)
+        return {name: total / count for name, (total, count) in sorted(held.items()) if count}
+
+
+def _reduce(held: Mapping[str, list[float]], device: torch.device, world: int) -> dict[str, list[float]]:
+    # Ranks may hold different names (a share without any undesirable completion), so names travel with the numbers.
+    gathered: list[dict[str, list[float]]] = [{}] * world
+    torch.distributed.all_gather_object(gathered, dict(held))
+    total: dict[str, list[float]] = {}
+    for one in gathered:
+        for name, (value, count) in one.items():
+            pair = total.setdefault(name, [0.0, 0.0])
+            pair[0] += value
+            pair[1] += count
+    return total

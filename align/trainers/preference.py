@@ -1,0 +1,141 @@
+"""`PreferenceTrainer`: offline preference training on a fixed data set."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.core.errors import ConfigError, ModelError
+from align.methods import METHODS
+from align.methods.base import Method
+from align.scoring.backends import prepare
+from align.scoring.value import ValueModel
+from align.trainers.base import AlignTrainer
+from align.trainers.config import AlignConfig, default_learning_rate
+from align.trainers.data import RunData
+from align.trainers.engine import VALUE, Engine
+from align.trainers.loading import DTYPES, disable_dropout, load_model, load_tokenizer, refuse_config, trainable_in_float32
+from align.trainers.references import Reference, build_column, choose
+from align.trainers.roles import RoleModule
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(AlignTrainer):
+    """Trains a policy on preferences, labels, lists or demonstrations.
+
+    Args:
+        model: folder or hub id, or a loaded causal LM.
+        method: an id such as `simpo`, or an instance such as `SimPO(beta=2.5)`.
+        args: the run's arguments.
+        train_dataset: path or hub id, list of rows, `datasets.Dataset`, or a list of `{name, split, winner, max_rows}`.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; that of `model` by default.
+        peft_config: a `peft` configuration; the policy is then the adapter alone.
+        callbacks, optimizers: as in `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        method: str | Method = "dpo",
+        args: AlignConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = AlignConfig(output_dir="runs/align") if args is None else args
+        chosen = resolve_method(method)
+        if train_dataset is None:
+            raise ConfigError("there is no training data", mend="give train_dataset")
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or ""
+        tokenizer = processing_class or load_tokenizer(name, args.trust_remote_code)
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(chosen.id, peft_config is not None)
+        for caution in chosen.cautions():
+            logger.warning("%s", caution)
+        data = RunData.prepare(train_dataset, eval_dataset, tokenizer, chosen, args)
+        roles: dict[str, nn.Module] = {}
+        if VALUE in chosen.requires():
+            roles[VALUE] = _value(model, args)
+        policy = roles["policy"] = _policy(model, args, peft_config)
+        self.reference: Reference | None = choose(chosen, args, policy, model if isinstance(model, str) else None)
+        module = RoleModule(roles, DTYPES[args.dtype])
+        super().__init__(module, chosen, args, data, tokenizer, callbacks, optimizers)
+        self.expect_equal = self.reference is not None and self.reference.starts_equal
+
+    def build_engine(self, module: Any) -> Engine:
+        roles = self.accelerator.unwrap_model(self.model)
+        sharded = any(hasattr(parameter, "ds_id") for parameter in roles.parameters())
+        backend = prepare(roles.policy, self.args.backend, probe=not sharded)
+        if VALUE in roles.roles:
+            prepare(roles.roles[VALUE], backend.name, probe=False)
+        live = None
+        if self.reference is not None:
+            self.column = build_column(
+                self.reference, self.args, roles, backend, self.accelerator, self._any_rank
+            )
+            live = self.column.model
+        engine = Engine(
+            module, roles, self.method, backend, self.args.device, self.budget(), self.rank, self.world, self.column
+        )
+        if engine.needed.live_reference:
+            if sharded:
+                raise ConfigError(
+                    f"method `{self.method.id}` compares whole vocabularies, which ZeRO-3 does not allow here",
+                    mend="use ZeRO-2 or plain data parallelism",
+                )
+            engine.live = live
+        return engine
+
+    def _any_rank(self, here: bool) -> bool:
+        if self.world == 1:
+            return here
+        flag = torch.tensor([float(here)], device=self.args.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
+
+
+def resolve_method(method: str | Method) -> Method:
+    """A method from its id (built in, or `my_pkg.my_file:MyMethod`), or the instance itself."""
+    if isinstance(method, str):
+        return METHODS.get(method)()
+    if isinstance(method, Method):
+        return method
+    raise ConfigError(f"`method` is a {type(method).__name__}", mend="give an id such as 'dpo' or an instance DPO(beta=0.1)")
+
+
+def _policy(model: str | nn.Module, args: AlignConfig, peft_config: Any) -> nn.Module:
+    dtype = DTYPES[args.dtype]
+    if isinstance(model, str):
+        # What is trained is float32 whatever the compute dtype; what an adapter leaves frozen takes the compute dtype.
+        policy: Any = load_model(model, dtype if peft_config is not None else torch.float32, args.trust_remote_code)
+    else:
+        policy = model
+        refuse_config(policy.config, str(getattr(policy, "name_or_path", "model")))
+    disable_dropout(policy)
+    if peft_config is not None:
+        if hasattr(policy, "peft_config"):
+            raise ModelError("`peft_config` for a model that has an adapter", mend="give one or the other")
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, peft_config)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ModelError("nothing in the model requires a gradient", mend="unfreeze it, or give peft_config")
+    trainable_in_float32(policy)
+    policy.config.use_cache = False
+    return policy
+
+
+def _value(model: str | nn.Module, args: AlignConfig) -> nn.Module:
+    """A value role on a trunk of its own, from the policy's starting weights; made before an adapter changes them."""
+    trunk = load_model(model, torch.float32, args.trust_remote_code) if isinstance(model, str) else copy.deepcopy(model)
+    disable_dropout(trunk)
+    return ValueModel(trunk)

@@ -1,0 +1,177 @@
+"""The command line: what it imports, how it prints errors, that it trains, continues and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import align
+from align.cli import demo, train
+from align.cli.main import main, show
+from align.core.errors import ConfigError, DataError
+from align.core.registry import METHODS
+
+
+def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "align", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(align.__file__).parents[1]), **environment},
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["methods"], ["methods", "--json"], ["--version"], ["train", "--help"]])
+def test_light_commands_import_nothing_heavy(words: list[str], root: Path) -> None:
+    code = (
+        "import sys\nfrom align.cli.main import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print('HEAVY', *sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    heavy = set(done.stdout.splitlines()[-1].split()[1:])
+    assert heavy == set()
+
+
+def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    listed = {entry["id"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(listed) == set(METHODS.entries())
+    assert listed["dpo"]["options"] == {"beta": 0.1}
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{name} " in "\n" + text for name in listed)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"align {align.__version__}\n"
+
+
+def test_our_errors_have_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("model: {nam: x}\n")
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"error: {tmp_path / 'r.yaml'}:1: " in printed.err
+    assert "Traceback" not in printed.err
+    with pytest.raises(ConfigError):
+        main(["train", str(tmp_path / "r.yaml"), "--debug"])
+
+
+def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.schema, "load", interrupt)
+    assert main(["train", "x.yaml"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "local", "printed"),
+    [
+        (ConfigError("bad"), None, None, "error: bad\n"),
+        (ConfigError("bad"), "0", "0", "error: bad\n"),
+        (ConfigError("bad"), "3", "3", ""),
+        (ConfigError("bad"), "8", "0", "[rank 8] error: bad\n"),
+        (DataError("bad"), "0", "0", "error: bad\n"),
+        (DataError("bad"), "3", "3", "[rank 3] error: bad\n"),
+    ],
+)
+def test_ranks_do_not_repeat_each_other(  # type: ignore[no-untyped-def]
+    error, rank, local, printed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    show(error)
+    assert capsys.readouterr().err == printed
+
+
+def test_several_devices_start_accelerate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Started(Exception):
+        pass
+
+    def execv(path: str, command: list[str]) -> None:
+        assert path == command[0]
+        started.append(command)
+        raise Started
+
+    monkeypatch.setattr(train.schema, "load", lambda *_: None)
+    monkeypatch.setattr(train, "visible_devices", lambda: 4)
+    monkeypatch.setattr(os, "execv", execv)
+    for mark in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(mark, raising=False)
+    with pytest.raises(Started):
+        main(["train", "r.yaml", "train.seed=1", "--train.max_steps", "3"])
+    (command,) = started
+    assert command[-7:] == ["-m", "align", "train", "r.yaml", "train.seed=1", "--train.max_steps", "3"]
+    assert command[command.index("--num_processes") + 1] == "4"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(AttributeError):  # goes on to train the stand-in for a recipe
+        main(["train", "r.yaml"])
+    assert len(started) == 1
+
+
+def test_the_launcher_knows_the_command() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    command = train.launch_command(2, "r.yaml", ["--train.seed", "1"])
+    parsed = launch_command_parser().parse_args(command[3:])
+    assert (parsed.num_processes, parsed.multi_gpu, parsed.module) == (2, True, True)
+    assert parsed.training_script == "align"
+    assert parsed.training_script_args == ["train", "r.yaml", "--train.seed", "1"]
+
+
+def test_demo_numbers_are_new(tmp_path: Path) -> None:
+    assert demo.next_free(tmp_path) == tmp_path / "demo-1"
+    (tmp_path / "demo-1").mkdir()
+    assert demo.next_free(tmp_path) == tmp_path / "demo-2"
+
+
+def test_from_a_recipe_to_a_model_and_back(tmp_path: Path) -> None:
+    """Trains, continues, refuses another recipe, and runs from outside the repository."""
+    from align.testing.tiny import random_pairs
+
+    recipe = demo.prepare(tmp_path / "d", random_pairs(48, seed=0), random_pairs(16, seed=1), steps=4)
+    first = run("train", str(recipe), "train.save_steps=2", "--train.logging_steps", "1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "done: " in first.stdout
+    folder = tmp_path / "d" / "run"
+    assert (folder / "policy" / "model.safetensors").is_file()
+    assert {"recipe.yaml", "provenance.json", "checkpoint-2", "checkpoint-4"} <= {
+        path.name for path in folder.iterdir()
+    }
+    weights = (folder / "policy" / "model.safetensors").read_bytes()
+
+    again = run("train", str(folder / "recipe.yaml"), "train.logging_steps=2", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "policy" / "model.safetensors").read_bytes() == weights
+
+    other = run("train", str(folder / "recipe.yaml"), "method.beta=0.3", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "`method.beta`: 0.1 there, 0.3 now" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_learns_in_under_a_minute(tmp_path: Path) -> None:
+    done = run("demo", "--output", str(tmp_path / "demo"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("held-out pairs"))
+    before, after = (int(word.rstrip("%")) for word in line.split() if word.endswith("%"))
+    assert before <= 75
+    assert after >= 95
