@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import align
 from align.cli import demo, methods, train
-from align.core.errors import AlignError, ConfigError
+from align.core.errors import AlignError
 
 _COMMANDS = (train, methods, demo)
+_WAIT = 15.0
+"""Seconds that a rank leaves rank 0 to report an error that both have."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +51,11 @@ def parser() -> argparse.ArgumentParser:
 def show(error: AlignError) -> None:
     """Print an error on stderr, once where all ranks have it.
 
-    A configuration is the same on every rank, so one process of each machine speaks of it; any other error may be one
-    rank's alone, and that rank speaks.
+    Rank 0 speaks and ends, and the launcher then ends the others. A rank that is still there after a while has an error
+    of its own, and says so.
     """
-    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if isinstance(error, ConfigError) and local != "0":
-        return
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_WAIT)
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)

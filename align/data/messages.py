@@ -72,13 +72,15 @@ def check_order(messages: Sequence[Message], field: str) -> None:
 
 
 def common_prompt(first: Sequence[Message], second: Sequence[Message]) -> int:
-    """Length of the longest common prefix after which both go on with an assistant turn; 0 where there is none."""
+    """Length of the longest common prefix after which both go on with an assistant turn; 0 where there is none.
+
+    In the order that `check_order` asks for, such a prefix does not end in an assistant turn.
+    """
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
         shared += 1
     for length in range(min(shared, len(first) - 1, len(second) - 1), 0, -1):
-        starts = (first[length]["role"], second[length]["role"])
-        if first[length - 1]["role"] != "assistant" and starts == ("assistant", "assistant"):
+        if first[length]["role"] == second[length]["role"] == "assistant":
             return length
     return 0
 

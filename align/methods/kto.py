@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from align.methods.base import Method, method, option
-from align.methods.stages import mismatched
+from align.methods.stages import kl_anchor
 from align.scoring.views import Singles
 
 
@@ -36,7 +36,7 @@ class KTO(Method):
 
     def loss(self, view: Singles) -> Tensor:
         h = view.completions.sum_log_ratio
-        anchor = mismatched(view).sum_log_ratio.detach().mean().clamp(min=0)
+        anchor = kl_anchor(view)
         gain = self.beta * (h - anchor)
         desirable = view.completions.label
         return torch.where(

@@ -51,19 +51,14 @@ def split_by_label(completions: Completions, values: Tensor) -> tuple[Tensor, Te
     return (values * label).sum(), label.sum(), (values * (1 - label)).sum(), (1 - label).sum()
 
 
-def mismatched(view: Singles) -> Completions:
-    """The mismatched completions of a view.
+def kl_anchor(view: Singles) -> Tensor:
+    """max(0, mean h) over the mismatched completions of the global batch, a scalar without gradient.
 
-    Raises:
-        ConfigError: it has none.
+    0 where the batch has none: one row, or prompts that are all equal, give nothing to estimate a KL from.
     """
     if view.mismatched is None:
-        raise ConfigError(
-            "this view has no `mismatched` completions",
-            why="the KL estimate reads another row's completion after each prompt",
-            mend="declare it: @method(..., needs={'mismatched'}), and use batches of at least two rows",
-        )
-    return view.mismatched
+        return torch.zeros((), device=view.completions.mask.device)
+    return view.mismatched.sum_log_ratio.detach().mean().clamp(min=0)
 
 
 def ordered_pairs(group: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

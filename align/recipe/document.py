@@ -36,7 +36,7 @@ class Item:
 class _Loader(yaml.SafeLoader):
     """Scalars as in YAML 1.2's core schema: `1e-6` is a number, `no` and `2024-01-01` are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
 
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,13 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
     for key, streams in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         yield from _streams(key, streams, given)
     yield from _paths(recipe, given)
+    tool = recipe.train.report_to
+    if tool != "none" and importlib.util.find_spec(tool) is None:
+        yield ConfigError(
+            f"`{tool}` is not installed",
+            where=given.get("train.report_to", ""),
+            mend=f"pip install {tool.replace('_', '-')}, or write `none`",
+        )
 
 
 def _streams(key: str, streams: tuple[Stream, ...], given: Mapping[str, str]) -> Iterator[AlignError]:

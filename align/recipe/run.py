@@ -55,17 +55,30 @@ def arguments(recipe: Recipe) -> Any:
     """The `AlignConfig` of a recipe.
 
     Raises:
-        ConfigError: transformers refuses a value (an optimiser's name, a reporting tool).
+        ConfigError: transformers refuses a value (an optimiser's name), or the processes of a launch do not see each
+            other.
     """
+    import torch
+
     from align.trainers import AlignConfig
 
     values = {**_shared_names(recipe), **_renamed(recipe)}
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without it, transformers takes every process of a launch on CPUs for the only one, in silence.
+    values["use_cpu"] = launched > 1 and not torch.accelerator.is_available()
     try:
-        return AlignConfig(**values)
+        made = AlignConfig(**values)
     except AlignError:
         raise
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError("the `train` section cannot be used", why=str(error)) from error
+    if made.world_size != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, and this one sees {made.world_size}",
+            why="they would train apart and write the same files",
+            mend="start them with torchrun or accelerate, on devices of one kind",
+        )
+    return made
 
 
 def _shared_names(recipe: Recipe) -> dict[str, Any]:

@@ -98,7 +98,9 @@ class Train:
     save_steps: float = option(500.0, above=0, doc="steps (>= 1) or share of the run (< 1) between checkpoints")
     save_total_limit: int | None = option(2, at_least=1, doc="checkpoints kept; null: all")
     resume: str = option("auto", doc="auto, never, or a checkpoint folder")
-    report_to: str = option("none", doc="where metrics go besides the run's own log: wandb, tensorboard, ...")
+    report_to: Literal["none", "wandb", "tensorboard", "mlflow", "trackio", "swanlab", "comet_ml", "clearml"] = option(
+        "none", doc="where metrics go besides the run's own log"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def evaluate(
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     size = (autocast or hidden.dtype).itemsize * (2 if paired else 1)
-    keep = targets.shape[0] * vocabulary * size <= limits.keep_bytes
+    keep = torch.is_grad_enabled() and targets.shape[0] * vocabulary * size <= limits.keep_bytes
     if paired and other is not None and is_sharded(other.head):
         keep = False  # ranks differ in positions, and all must gather the second head equally often in the backward
     call = Call(
@@ -234,14 +234,14 @@ class _Chunks(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(hidden, weight, bias)
-        needs_backward = any(ctx.needs_input_grad[:3])
+        keep = call.keep and any(ctx.needs_input_grad[:3])
         states, matrix, offset = _cast(call, hidden, weight, bias)
 
         def body(other_of: Callable[[slice], Tensor | None]) -> list[list[Tensor]]:
             columns = []
             for part in call.parts():
                 logits, other = linear(states[part], matrix, offset), other_of(part)
-                if call.keep and needs_backward:
+                if keep:
                     call.kept.append((logits, other))
                 columns.append(call.values(call.tile(logits, other, part)))
             return columns

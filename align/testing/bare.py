@@ -189,9 +189,10 @@ def weights(method: Method, seed: int) -> str:
 
     state = state_of(method, seed)
     once, twice = evaluate(method, weighted(1.0), state), evaluate(method, weighted(2.0), state)
-    blank = [map_completions(row, lambda one: {**one, "logp": [-1.0] * len(one["logp"])}) for row in rows]
-    if not once.counts == twice.counts == evaluate(method, blank, state).counts:
-        return f"counts differ: {once.counts}, {twice.counts}"
+    for logp in (-1e-3, -50.0):
+        other = evaluate(method, _with(rows, logp, -1.0, 0.1), state).counts
+        if not once.counts == twice.counts == other:
+            return f"counts depend on weights or on the model: {once.counts}, {twice.counts}, {other}"
     return _differs([once.total() * 2], [twice.total()], "weighting every unit by 2")
 
 
@@ -241,7 +242,7 @@ def extremes(method: Method, seed: int) -> str:
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             where = f"{label}, {str(dtype).removeprefix('torch.')}"
             if not torch.isfinite(loss):
-                return f"{where}: the loss is {float(loss)}"
+                return f"{where}: the loss is {float(loss.detach())}"
             if any(g is not None and not torch.isfinite(g).all() for g in gradients):
                 return f"{where}: the gradient is not finite"
             if any(term.values.dtype == torch.bfloat16 for term in terms.values()):

@@ -180,3 +180,11 @@ def relative_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     return max(
         float((found[name] - g).double().norm()) / max(float(g.double().norm()), floor) for name, g in wanted.items()
     )
+
+
+def whole_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """||g - g'|| / ||g'|| of the whole gradient."""
+    if found.keys() != wanted.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(found.keys() ^ wanted.keys())}")
+    gap = torch.stack([(found[name] - g).double().norm() for name, g in wanted.items()]).norm()
+    return float(gap / torch.stack([g.double().norm() for g in wanted.values()]).norm())

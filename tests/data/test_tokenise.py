@@ -229,7 +229,7 @@ def test_what_a_tokenizer_lacks_is_said(with_bos: Any) -> None:
     last_only = "{% for m in messages %}{{ m['content'] if loop.last else '-' }}{% endfor %}"
     with pytest.raises(ModelError, match="renders earlier turns otherwise"):
         tokens(chat, with_bos, chat_template=last_only)
-    with pytest.raises(ModelError, match="no chat template file `missing.jinja`"):
+    with pytest.raises(ModelError, match=r"no chat template file `missing\.jinja`"):
         tokens(chat, with_bos, chat_template="missing.jinja")
     with pytest.raises(ModelError, match="cannot render a conversation"):
         tokens(chat, with_bos, chat_template="{{ raise_exception('only one turn') }}")

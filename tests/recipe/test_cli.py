@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,25 +79,20 @@ def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "rank", "local", "printed"),
-    [
-        (ConfigError("bad"), None, None, "error: bad\n"),
-        (ConfigError("bad"), "0", "0", "error: bad\n"),
-        (ConfigError("bad"), "3", "3", ""),
-        (ConfigError("bad"), "8", "0", "[rank 8] error: bad\n"),
-        (DataError("bad"), "0", "0", "error: bad\n"),
-        (DataError("bad"), "3", "3", "[rank 3] error: bad\n"),
-    ],
+    ("rank", "printed", "waits"),
+    [(None, "error: bad\n", False), ("0", "error: bad\n", False), ("3", "[rank 3] error: bad\n", True)],
 )
-def test_ranks_do_not_repeat_each_other(  # type: ignore[no-untyped-def]
-    error, rank, local, printed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_rank_0_speaks_first(
+    rank: str | None, printed: str, waits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    show(error)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    show(DataError("bad"))
     assert capsys.readouterr().err == printed
+    assert bool(waited) == waits
 
 
 def test_several_devices_start_accelerate_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,3 +171,38 @@ def test_the_demo_learns_in_under_a_minute(tmp_path: Path) -> None:
     before, after = (int(word.rstrip("%")) for word in line.split() if word.endswith("%"))
     assert before <= 75
     assert after >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
+        ["torch.distributed.run", "--nproc_per_node=2"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_under_a_launcher(launcher: list[str], tmp_path: Path) -> None:
+    """The same line trains; an error that all ranks share is printed once, by whichever process speaks for it."""
+    from align.testing.tiny import random_pairs
+
+    recipe = demo.prepare(tmp_path / "d", random_pairs(48, seed=0), random_pairs(16, seed=1), steps=2)
+
+    def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, "-m", "align", "train", str(recipe), *overrides],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(align.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            timeout=300,
+            check=False,
+        )
+
+    done = launch("--train.logging_steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 1
+    assert (tmp_path / "d" / "run" / "checkpoint-2" / "manifest.json").is_file()
+    wrong = launch("--train.seeed", "1")
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("has no option `seeed`") == 1

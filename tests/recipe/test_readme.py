@@ -23,7 +23,7 @@ def test_the_recipe_resolves(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
         Path(name).write_text("")
     (text,) = blocks(root, "yaml")
     Path("dpo.yaml").write_text(text)
-    commands = [line.split() for line in "".join(blocks(root, "")).splitlines() if " train dpo.yaml" in line]
+    commands = [line.split() for line in "".join(blocks(root, "sh")).splitlines() if " train dpo.yaml" in line]
     assert len(commands) == 3
     for words in commands:
         recipe = schema.load("dpo.yaml", words[words.index("dpo.yaml") + 1 :])
@@ -40,8 +40,9 @@ def test_the_python_fits_the_trainer(root: Path) -> None:
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
-    for cls in (AlignConfig, PreferenceTrainer):
-        assert calls[cls.__name__] <= set(inspect.signature(cls).parameters)
+    assert set(calls) == {"AlignConfig", "PreferenceTrainer"}
+    assert calls["PreferenceTrainer"] <= set(inspect.signature(PreferenceTrainer).parameters)
+    assert next(iter(inspect.signature(AlignConfig).parameters)) == "output_dir"
 
 
 def test_the_methods_named_are_those_there(root: Path) -> None:

@@ -159,6 +159,8 @@ def test_all_faults_at_once_with_their_lines(write: Write) -> None:
         (["train.lr_scheduler_type=cosin"], "'cosine'"),
         (["train.resume=nowhere"], "no checkpoint folder"),
         (["train.warmup_ratio=0.1"], "share of the run"),
+        (["train.report_to=wandbb"], "'wandb'"),
+        (["train.report_to=clearml"], "`clearml` is not installed"),
         (["model.peft.lora_alfa=8"], "did you mean `lora_alpha`"),
         (["model.peft.target_modules=[1]"], "list of module names"),
         (["model.peft.r=0"], ">= 1"),

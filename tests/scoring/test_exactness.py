@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
+from align.core.errors import ModelError
 from align.scoring.backends import Backend, prepare
 from align.scoring.engine import score
 from align.scoring.layout import Tree
@@ -211,9 +213,11 @@ def test_bfloat16_autocast_stays_near_and_sums_in_float32(name: str) -> None:
     assert error < 0.2
 
 
-def test_flex_forward_is_exact_and_refuses_gradients() -> None:
-    from align.core.errors import ModelError
-
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_flex_forward_is_exact_and_refuses_gradients(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:  # compiling takes a minute or two on CPU; the same rule runs in plain PyTorch
+        monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention", _Uncompiled)
     model = tiny_model("gemma3_text", seed=5)
     twin = golden_twin(model)
     backend = prepare(model, "flex")
@@ -224,3 +228,13 @@ def test_flex_forward_is_exact_and_refuses_gradients() -> None:
         assert float((score(model, packed)["logp"] - golden_logp(twin, trees)).abs().max()) <= LOGP_BAR
     with pytest.raises(ModelError, match="no gradients on CPU"):
         score(model, packed)
+
+
+class _Uncompiled:
+    """Stands in for transformers' singleton that compiles flex attention."""
+
+    def __init__(self, training: bool) -> None:
+        pass
+
+    def __call__(self) -> object:
+        return flex_attention
