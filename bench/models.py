@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bench.data import Kind, Row, word
 
-Size = Literal["7m", "59m"]
+Size = Literal["7m", "59m", "0.8b", "2b"]
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
@@ -28,6 +28,8 @@ class Shape:
 SHAPES: dict[Size, Shape] = {
     "7m": Shape(vocabulary=8192, hidden=256, layers=4, heads=4, kv_heads=4, head_dim=64, intermediate=640),
     "59m": Shape(vocabulary=32768, hidden=512, layers=8, heads=8, kv_heads=8, head_dim=64, intermediate=1408),
+    "0.8b": Shape(vocabulary=151936, hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, intermediate=3072),
+    "2b": Shape(vocabulary=151936, hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, intermediate=6144),
 }
 
 

@@ -159,7 +159,9 @@ def main() -> None:
     target = options.out or RESULTS / f"profile-{options.data}-{options.model}-b{options.batch}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name.startswith(("share", "seconds"))}, indent=1))
+    print(
+        json.dumps({name: value for name, value in result.items() if name.startswith(("share", "seconds"))}, indent=1)
+    )
 
 
 def _options() -> argparse.Namespace:

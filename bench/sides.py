@@ -39,7 +39,7 @@ def trl_trainer(setting: Setting, clock: Any) -> Any:
         per_device_train_batch_size=setting["batch"],
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=setting.get("dtype") == "bfloat16",
         beta=setting["beta"],
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=setting["reference"] == "cached",
@@ -64,6 +64,8 @@ def our_trainer(setting: Setting, clock: Any) -> Any:
         global_batch_size=setting["batch"],
         shuffle=False,
         backend=setting["backend"],
+        dtype=setting.get("dtype", "float32"),
+        tokens_per_micro_batch=setting.get("budget"),
         reference=setting["reference"],
         reference_cache=setting["cache"],
         resume="never",
@@ -95,11 +97,12 @@ def _shared(setting: Setting) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "seed": 0,
-        "use_cpu": True,
+        "use_cpu": setting.get("use_cpu", True),
     }
 
 
 def _clock() -> Any:
+    import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -114,6 +117,8 @@ def _clock() -> Any:
             self.begins.append(time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
 
         def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
@@ -124,6 +129,8 @@ def _clock() -> Any:
 
 
 def _result(setting: Setting, clock: Any, total: float) -> dict[str, Any]:
+    import torch
+
     warm, batch = setting["warm_steps"], setting["batch"]
     seconds = clock.ends[-1] - clock.ends[warm - 1]
     inside = sum(end - begin for begin, end in zip(clock.begins[warm:], clock.ends[warm:], strict=True))
@@ -136,6 +143,7 @@ def _result(setting: Setting, clock: Any, total: float) -> dict[str, Any]:
         "pairs_per_second": pairs / seconds,
         "seconds_per_pair": seconds / pairs,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "total_seconds": total,
         "losses": clock.losses,
     }

@@ -112,9 +112,7 @@ def _coerce(owner: str, name: str, value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if number.is_integer():
             return int(number)
-    elif hint in (bool, str) and isinstance(value, hint):
-        return value
-    elif hint not in (float, int, bool, str):
+    elif (hint in (bool, str) and isinstance(value, hint)) or hint not in (float, int, bool, str):
         return value
     raise ConfigError(
         f"{owner}: `{name}` is {value!r} ({type(value).__name__})",
@@ -137,9 +135,7 @@ def build(cls: type, owner: str, given: Mapping[str, Any], where: str = "") -> t
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            errors.append(
-                ConfigError(f"{owner}: unknown option `{name}`", where=where, mend=suggestion(name, known))
-            )
+            errors.append(ConfigError(f"{owner}: unknown option `{name}`", where=where, mend=suggestion(name, known)))
             continue
         field, limits, hint = known[name]
         try:

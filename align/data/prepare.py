@@ -154,7 +154,7 @@ def _reader(spec: SourceSpec, source: Source, sample: Sequence[Row | BadRow], to
             f"none of the first {len(sample)} rows can be read", where=source.name, why="; ".join(reasons[:3])
         )
     reader = reader_for(rows, spec.winner, source.name, spec.columns, spec.transcripts)
-    check_view(tokenise.view, tokenise.needs, reader.gives, source.name)
+    check_view(tokenise.view, tokenise.needs, reader.gives, source.name, reader.description)
     _log.info("%s: %s", source.name, reader.description)
     return reader
 

@@ -23,8 +23,8 @@ class Selection:
     preferences: tuple[Preference, ...] = ()
 
 
-def check_view(view: str, needs: Collection[str], gives: Collection[str], where: str) -> None:
-    """Refuse a view that the feedback of a reader (`Reader.gives`) cannot make.
+def check_view(view: str, needs: Collection[str], gives: Collection[str], where: str, read_as: str = "") -> None:
+    """Refuse a view that the feedback of a reader (`Reader.gives`, described as `read_as`) cannot make.
 
     Raises:
         DataError: names what is missing.
@@ -48,7 +48,12 @@ def check_view(view: str, needs: Collection[str], gives: Collection[str], where:
         "demonstrations": "answers to imitate (prompt/completion, messages, text, or preferences)",
     }.get(view, "several answers a prompt with `scores` or `ranks`")
     has = ", ".join(f"`{name}`" for name in sorted(gives)) or "prompts only"
-    raise DataError(f"the method needs {missing}", where=where, why=f"the rows give {has}")
+    raise DataError(
+        f"the method needs {missing}",
+        where=where,
+        why=f"the rows give {has}; {read_as}".rstrip("; "),
+        mend="name the columns with `columns:`, say which answer wins with `winner:`, or choose a method of another view",
+    )
 
 
 def select(group: Group, view: str, rule: PairRule, ties: bool, reward: bool) -> Selection:

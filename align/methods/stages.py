@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align.core.errors import ConfigError
 from align.scoring.views import Completions, Singles
 
 

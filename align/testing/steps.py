@@ -1,7 +1,7 @@
 """One optimiser step of a method on a tiny model, by the packed engine and by a golden twin that shares none of it.
 
-The golden twin scores one sequence at a time by the model's plain forward, puts the whole global batch into one view and
-calls backward once. It is slow and obviously right.
+The golden twin scores one sequence at a time by the model's plain forward, puts the whole global batch into one view
+and calls backward once. It is slow and obviously right.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from align.data.partners import add_mismatched
 from align.methods.base import Method, finish
 from align.reference import Frozen
 from align.scoring.assemble import columns_needed, make_view
-from align.scoring.backends import prepare
+from align.scoring.backends import Name, prepare
 from align.scoring.value import ValueModel
 from align.trainers.engine import VALUE, Engine
 from align.trainers.metrics import Meter
@@ -73,7 +73,7 @@ def role_module(model: nn.Module, method: Method, seed: int = 0) -> RoleModule:
 
 
 def engine_for(
-    method: Method, roles: RoleModule, reference: nn.Module | None, budget: int, backend: str = "tree", **place: Any
+    method: Method, roles: RoleModule, reference: nn.Module | None, budget: int, backend: Name = "tree", **place: Any
 ) -> Engine:
     """An engine around unwrapped roles, on the CPU."""
     prepared = prepare(roles.policy, backend, probe=False)
@@ -92,7 +92,11 @@ def engine_for(
 
 
 def packed_step(
-    engine: Engine, accelerator: Any, groups: Sequence[TokenGroup], state: Mapping[str, Tensor] | None = None, seed: int = 0
+    engine: Engine,
+    accelerator: Any,
+    groups: Sequence[TokenGroup],
+    state: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
 ) -> tuple[float, Gradients, dict[str, Tensor]]:
     """Loss, gradients by parameter name and next state of one step; gradients are cleared before and after."""
     engine.roles.zero_grad()

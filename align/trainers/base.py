@@ -184,7 +184,8 @@ class AlignTrainer(Trainer):
         view = engine.view(micro.groups, outputs, self.method_state, 0)
         mask = torch.cat([part.mask for part in engine.completions_of(view)])
         table = {
-            name: torch.cat([part.column(name) for part in engine.completions_of(view)]) for name in ("logp", "ref_logp")
+            name: torch.cat([part.column(name) for part in engine.completions_of(view)])
+            for name in ("logp", "ref_logp")
         }
         check_step_zero(table, mask, engine.roles.dtype, self.expect_equal)
 

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.core.errors import AlignError, CheckpointError
-from align.core.files import atomic_directory, clean_leftovers, commit_directory, stage_directory, verify_manifest
+from align.core.files import (
+    atomic_directory,
+    clean_leftovers,
+    commit_directory,
+    partial_directory,
+    stage_directory,
+    verify_manifest,
+)
 from align.scoring.value import HEAD_FILE, ValueModel
 from align.trainers.roles import RoleModule
 
@@ -28,7 +35,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -76,7 +85,7 @@ def staged(path: Path, main: bool, barrier: Any, info: Mapping[str, Any]) -> Ite
     if main:
         stage_directory(path)
     barrier()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_directory(path)
     try:
         yield partial
         barrier()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from align.core.errors import ConfigError
@@ -20,6 +22,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "truncation": ("drop", "cut_prompt", "cut_completion"),
 }
 _POSITIVE = ("global_batch_size", "max_length", "ema_every")
+
+
+def launched() -> int:
+    """Processes that a launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -61,7 +68,7 @@ class AlignConfig(TrainingArguments):
     patience: int | None = _doc(None, "evaluations without a better best_metric before the run stops")
     trust_remote_code: bool = _doc(False, "run code that a model folder brings")
     logging_steps: float = _doc(10, "steps between log lines")
-    report_to: None | str | list[str] = _doc("none", "where metrics go besides the local log")
+    report_to: str | list[str] | None = _doc("none", "where metrics go besides the local log")
     warmup_steps: float = _doc(0.1, "steps (>= 1) or share of the run (< 1) of linear warm-up")
 
     def __post_init__(self) -> None:
@@ -75,10 +82,19 @@ class AlignConfig(TrainingArguments):
         self.remove_unused_columns = False
         if self.eval_every is not None:
             self.eval_strategy, self.eval_steps = "steps", self.eval_every  # type: ignore[assignment]
+        if launched() > 1 and not torch.accelerator.is_available():
+            # Without it every process of a CPU launch takes itself for the only one, in silence.
+            self.use_cpu = True
         given = self.learning_rate
         self.learning_rate = 0.0 if given is None else given
         super().__post_init__()
         self.learning_rate = given
+        if self.world_size != launched():
+            raise ConfigError(
+                f"{launched()} processes were launched, and this one sees {self.world_size}",
+                why="they would train apart and write the same files",
+                mend="start them with torchrun or accelerate, on devices of one kind",
+            )
 
     def _refuse(self) -> None:
         for name, choices in _CHOICES.items():
@@ -101,7 +117,11 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"`ema_decay` is {self.ema_decay}", mend="use a number > 0 and <= 1")
         if self.patience is not None and self.best_metric is None:
             raise ConfigError("`patience` without `best_metric`", mend="name the metric to be patient about")
-        if self.best_metric is not None and self.eval_every is None and str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+        if (
+            self.best_metric is not None
+            and self.eval_every is None
+            and str(self.eval_strategy) in ("no", "IntervalStrategy.NO")
+        ):
             raise ConfigError("`best_metric` without evaluations", mend="set `eval_every`")
 
 

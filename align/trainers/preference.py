@@ -18,7 +18,14 @@ from align.trainers.base import AlignTrainer
 from align.trainers.config import AlignConfig, default_learning_rate
 from align.trainers.data import RunData
 from align.trainers.engine import VALUE, Engine
-from align.trainers.loading import DTYPES, disable_dropout, load_model, load_tokenizer, refuse_config, trainable_in_float32
+from align.trainers.loading import (
+    DTYPES,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    refuse_config,
+    trainable_in_float32,
+)
 from align.trainers.references import Reference, build_column, choose
 from align.trainers.roles import RoleModule
 
@@ -74,14 +81,12 @@ class PreferenceTrainer(AlignTrainer):
     def build_engine(self, module: Any) -> Engine:
         roles = self.accelerator.unwrap_model(self.model)
         sharded = any(hasattr(parameter, "ds_id") for parameter in roles.parameters())
-        backend = prepare(roles.policy, self.args.backend, probe=not sharded)
+        backend = prepare(roles.policy, self.args.backend, probe=not sharded)  # type: ignore[arg-type]
         if VALUE in roles.roles:
             prepare(roles.roles[VALUE], backend.name, probe=False)
         live = None
         if self.reference is not None:
-            self.column = build_column(
-                self.reference, self.args, roles, backend, self.accelerator, self._any_rank
-            )
+            self.column = build_column(self.reference, self.args, roles, backend, self.accelerator, self._any_rank)
             live = self.column.model
         engine = Engine(
             module, roles, self.method, backend, self.args.device, self.budget(), self.rank, self.world, self.column
@@ -109,7 +114,9 @@ def resolve_method(method: str | Method) -> Method:
         return METHODS.get(method)()
     if isinstance(method, Method):
         return method
-    raise ConfigError(f"`method` is a {type(method).__name__}", mend="give an id such as 'dpo' or an instance DPO(beta=0.1)")
+    raise ConfigError(
+        f"`method` is a {type(method).__name__}", mend="give an id such as 'dpo' or an instance DPO(beta=0.1)"
+    )
 
 
 def _policy(model: str | nn.Module, args: AlignConfig, peft_config: Any) -> nn.Module:

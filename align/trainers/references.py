@@ -74,7 +74,11 @@ def choose(method: Method, args: AlignConfig, policy: nn.Module, name: str | Non
         return Reference(kind, None, args.reference == "cached", _adapter_is_zero(policy), name)
     source = args.reference_model or name
     return Reference(
-        kind, _second_model(args, policy, source, kind), args.reference == "cached", args.reference_model is None, source
+        kind,
+        _second_model(args, policy, source, kind),
+        args.reference == "cached",
+        args.reference_model is None,
+        source,
     )
 
 

@@ -68,7 +68,7 @@ class RoleModule(nn.Module):
         """Called by `transformers.Trainer`; reentrant checkpointing loses keyword arguments, so it is never used."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         for model in self.roles.values():
-            trunk = getattr(model, "trunk", model)
+            trunk: Any = getattr(model, "trunk", model)
             trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
             if hasattr(trunk, "enable_input_require_grads"):
                 trunk.enable_input_require_grads()

@@ -49,13 +49,12 @@ class PackedStep:
         if engine.method.coupling == "batch":
             loss, outputs = self._coupled(share, state, seed)
         else:
-            loss, outputs = self._separate(share, state, seed)
+            loss, parts = self._separate(share, state, seed)
+            outputs = engine.gather(share, parts) if state else {}
         next_state = dict(state)
         if state:
             with torch.no_grad():
-                gathered = outputs if engine.method.coupling == "batch" else engine.gather(share, outputs)  # type: ignore[arg-type]
-                view = engine.view(share.groups, gathered, state, seed)  # type: ignore[arg-type]
-                next_state = engine.method.observe(view)
+                next_state = engine.method.observe(engine.view(share.groups, outputs, state, seed))
         tokens = sum(micro.packed.unique_tokens for micro in share.micros if not micro.dummy)
         return StepResult(loss, next_state, len(share.micros), tokens)
 
@@ -125,7 +124,9 @@ class PackedStep:
             for name, coefficient in coefficients.items()
         ]
         # Every output takes part, so that DDP and ZeRO find every parameter in every backward.
-        parts += [outputs[name].sum() * 0.0 for name in outputs if name not in coefficients and outputs[name].requires_grad]
+        parts += [
+            outputs[name].sum() * 0.0 for name in outputs if name not in coefficients and outputs[name].requires_grad
+        ]
         return torch.stack(parts).sum()
 
     def _add_penalty(self, loss: Tensor) -> Tensor:

@@ -354,6 +354,15 @@ TRANSCRIPTS = [
             [(" a", True), ("\n\nHuman: s\n\nAssistant:", False), (" y", True)],
         ],
     ),
+    (  # two assistant turns in a row, of which both share the first: a prompt does not end in an answer
+        "\n\nHuman: q\n\nAssistant: a\n\nAssistant: x",
+        "\n\nHuman: q\n\nAssistant: a\n\nAssistant: y",
+        "\n\nHuman: q\n\nAssistant:",
+        [
+            [(" a", True), ("\n\nAssistant:", False), (" x", True)],
+            [(" a", True), ("\n\nAssistant:", False), (" y", True)],
+        ],
+    ),
     (  # roles that repeat
         "\n\nHuman: q\n\nHuman: r\n\nAssistant: x\n\nAssistant: z",
         "\n\nHuman: q\n\nHuman: r\n\nAssistant: y",

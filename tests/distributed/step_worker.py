@@ -25,7 +25,11 @@ def main(out: str) -> None:
         needed = columns_needed(method)
         reference = other if needed.reference or needed.live_reference else None
         roles = role_module(model, method)
-        for case, (count, budget) in {"even": (11, 60), "one_micro": (6, 1 << 20), "fewer_groups_than_ranks": (1, 60)}.items():
+        for case, (count, budget) in {
+            "even": (11, 60),
+            "one_micro": (6, 1 << 20),
+            "fewer_groups_than_ranks": (1, 60),
+        }.items():
             if case == "fewer_groups_than_ranks" and name == "kto":
                 count = 2  # one row has no partner
             groups = random_groups(method.view, count, seed=3)

@@ -20,9 +20,9 @@ STEPS = 10
 
 
 def launch(command, folder, **environment):
+    places = (str(folder / "model"), str(folder / "rows.jsonl"))
     done = subprocess.run(
-        [*command, str(HERE / "train_worker.py"), str(folder / "model"), str(folder / "rows.jsonl"), ",".join(METHODS)]
-        + [str(folder / environment["KIND"])],
+        [*command, str(HERE / "train_worker.py"), *places, ",".join(METHODS), str(folder / environment["KIND"])],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

@@ -128,7 +128,9 @@ def foreign_output(case: Case) -> None:
 def encoder_decoder(case: Case) -> None:
     folder = case.copy_model()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5"], "is_encoder_decoder": True}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "t5", "architectures": ["T5"], "is_encoder_decoder": True})
+    )
     assert config
 
 
@@ -167,19 +169,22 @@ CASES: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {
         lambda case: setattr(
             case, "rows", [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in case.rows]
         ),
-        ("pairs", "label"),
+        ("better", "label", "winner"),
     ),
     "a label that is no label": (
         lambda case: (
             setattr(
                 case,
                 "rows",
-                [{"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(case.rows)],
+                [
+                    {"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0}
+                    for n, r in enumerate(case.rows)
+                ],
             ),
             case.rows[3].update(label="perhaps"),
             case.recipe.update(method={"name": "kto"}),
         ),
-        ("rows.jsonl:3", "label"),
+        ("rows.jsonl", "label", "perhaps"),
     ),
     "tokenizer without EOS": (without_eos, ("EOS", "eos_token")),
     "tokenizer without chat template": (without_template, ("chat template",)),
@@ -203,7 +208,10 @@ CASES: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {
     "patience without a metric": (setting("eval.patience", 2), ("patience",)),
     "adapter_off without an adapter": (setting("reference.kind", "adapter_off"), ("adapter",)),
     "no YAML": (lambda case: setattr(case, "text", "model: [unclosed"), ("recipe.yaml",)),
-    "a key twice": (lambda case: setattr(case, "text", "model: {name: a}\nmodel: {name: b}\n"), ("recipe.yaml:2", "model")),
+    "a key twice": (
+        lambda case: setattr(case, "text", "model: {name: a}\nmodel: {name: b}\n"),
+        ("recipe.yaml:2", "model"),
+    ),
     "an output folder of somebody else": (foreign_output, ("out",)),
     "another recipe in the same folder": (another_recipe, ("beta",)),
 }

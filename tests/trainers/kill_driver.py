@@ -55,7 +55,7 @@ def child(*arguments: object) -> int:
         try:
             train(*arguments)  # type: ignore[arg-type]
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
             import traceback
 
             traceback.print_exc()

@@ -28,7 +28,13 @@ class Measure(TrainerCallback):
 def run(model: Path, rows: Path, out: Path) -> None:
     measure = Measure()
     args = AlignConfig(
-        output_dir=str(out), global_batch_size=BATCH, learning_rate=1e-4, max_steps=1, save_steps=1, disable_tqdm=True, use_cpu=True
+        output_dir=str(out),
+        global_batch_size=BATCH,
+        learning_rate=1e-4,
+        max_steps=1,
+        save_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
     )
     trainer = PreferenceTrainer(str(model), "simpo", args, str(rows), callbacks=[measure])
     trainer.train()
@@ -49,7 +55,7 @@ def main(folder: Path, sizes: list[int]) -> None:
         if pid == 0:
             try:
                 run(model, path, folder / str(size))
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
                 import traceback
 
                 traceback.print_exc()

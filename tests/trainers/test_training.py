@@ -183,7 +183,11 @@ def test_evaluation_is_the_loss_of_the_held_out_set(model, tmp_path):
     held_out = random_pairs(10, seed=99)
     values = [
         PreferenceTrainer(
-            model, "simpo", arguments(tmp_path / str(n), global_batch_size=n, tokens_per_micro_batch=80), held_out, held_out
+            model,
+            "simpo",
+            arguments(tmp_path / str(n), global_batch_size=n, tokens_per_micro_batch=80),
+            held_out,
+            held_out,
         ).evaluate()["eval_loss"]
         for n in (3, 10)
     ]
@@ -279,7 +283,9 @@ def test_a_truncated_checkpoint_is_passed_over_or_refused(model, rows, tmp_path)
     damaged = tmp_path / "checkpoint-6" / "policy" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        PreferenceTrainer(model, "dpo", arguments(tmp_path, resume=str(tmp_path / "checkpoint-6"), **settings), rows).train()
+        PreferenceTrainer(
+            model, "dpo", arguments(tmp_path, resume=str(tmp_path / "checkpoint-6"), **settings), rows
+        ).train()
     again = PreferenceTrainer(model, "dpo", arguments(tmp_path, max_steps=8, **settings), rows)
     again.train()
     assert again._restore.folder == tmp_path / "checkpoint-4"
