@@ -20,7 +20,7 @@ from typing import Any
 from bench.machine import provenance
 from bench.offline import MAX_LENGTH, RESULTS
 
-WARM, TIMED = 3, 20
+WARM = 3
 
 OURS = ("data", "planning and packing", "view and loss", "trainer")
 """What packing and the trainer cost beside the model's own work."""
@@ -76,7 +76,7 @@ def instrument(watch: Stopwatch) -> None:
     from align.trainers.engine import Engine
     from align.trainers.roles import RoleModule
 
-    watch.wrap(GroupDataset, "__getitem__", "data")
+    watch.wrap(GroupDataset, "__getitems__", "data")
     watch.wrap(Engine, "share", "planning and packing")
     watch.wrap(Engine, "view", "view and loss")
     watch.wrap(RoleModule, "forward", "policy forward")
@@ -119,7 +119,7 @@ def profile(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rows": str(work / "rows.jsonl"),
         "output": str(work / "run"),
         "batch": options.batch,
-        "steps": WARM + TIMED,
+        "steps": WARM + options.steps,
         "max_length": MAX_LENGTH,
         "learning_rate": 1e-6,
         "beta": 0.1,
@@ -131,7 +131,7 @@ def profile(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     parts["trainer"] = max(0.0, total - sum(parts.values()))
     shares = {label: seconds / total for label, seconds in sorted(parts.items(), key=lambda item: -item[1])}
     return {
-        "seconds_per_step": total / TIMED,
+        "seconds_per_step": total / options.steps,
         "share": shares,
         "share_of_forward": sum(shares.get(f"{name} forward", 0.0) for name in ("policy", "reference", "head")),
         "share_of_backward": sum(shares.get(name, 0.0) for name in ("backward", "head backward")),
@@ -146,7 +146,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
-        count = (WARM + TIMED) * options.batch
+        count = (WARM + options.steps) * options.batch
         command = [sys.executable, "-m", "bench.prepare", options.data, options.model, str(work), str(count)]
         subprocess.run([*command, str(MAX_LENGTH)], check=True, cwd=Path(__file__).resolve().parent.parent)
         result = {
@@ -171,6 +171,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--reference", choices=("frozen", "cached"), default="frozen")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()

@@ -66,4 +66,4 @@ class BCO(Method):
         total = self.observe(view)
         means = [total[f"{kind}_sum"] / total[f"{kind}_count"].clamp(min=1) for kind in ("desirable", "undesirable")]
         seen = [total[f"{kind}_count"].clamp(max=1) for kind in ("desirable", "undesirable")]
-        return (means[0] + means[1]) / (seen[0] + seen[1]).clamp(min=1)
+        return (means[0] + means[1]) / (seen[0] + seen[1])

@@ -1,4 +1,4 @@
-"""The battery: what every method must pass, on bare numbers. `battery` reports, `check_method` raises.
+"""The battery: what every method must pass. `battery` and `model_battery` report, `check_method` raises.
 
 Each check runs for the default options and for variants of them (each other choice, and all numbers moved). Wrong
 formulas are not found here: compare a method with a loop written from its paper for that.
@@ -57,9 +57,19 @@ def battery(method: str | type[Method] | Method, seed: int = 0) -> list[Check]:
     return [*results, *option_checks(cls)]
 
 
-def check_method(method: str | type[Method] | Method, seed: int = 0) -> None:
-    """Raise one `AlignError` that lists all failed checks of a method."""
-    failed = [result for result in battery(method, seed) if not result.ok]
+def model_battery(method: str | type[Method] | Method, seed: int = 0) -> list[Check]:
+    """Run the checks that need a model, with the default options: real steps, and a run that is stopped and resumed."""
+    from align.testing.on_model import MODEL_CHECKS
+
+    cls = METHODS.get(method) if isinstance(method, str) else method
+    instance = cls if isinstance(cls, Method) else cls()
+    return [_run(name, "defaults", check, instance, seed) for name, check in MODEL_CHECKS.items()]
+
+
+def check_method(method: str | type[Method] | Method, seed: int = 0, model: bool = False) -> None:
+    """Raise one `AlignError` that lists all failed checks of a method; with `model`, of `model_battery` too."""
+    results = battery(method, seed) + (model_battery(method, seed) if model else [])
+    failed = [result for result in results if not result.ok]
     if failed:
         name = method if isinstance(method, str) else method.id
         raise AlignError(f"method `{name}` fails {len(failed)} checks of the battery", why="\n".join(map(str, failed)))

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from align.methods import METHODS
-from align.methods.base import Method
-from align.scoring.assemble import columns_needed
-from align.testing.steps import engine_for, golden_step, packed_step, random_groups, relative_difference, role_module
-from align.testing.tiny import tiny_model
+from align.methods.base import Method, method
+from align.testing import model_battery
+from align.testing.on_model import EVERYTHING, Bench
+from align.testing.steps import engine_for, golden_step, packed_step, random_groups, relative_difference
 
-BUILT_IN = sorted(METHODS.entries())
-EVERYTHING = 1 << 20
+
+@pytest.mark.parametrize("name", sorted(METHODS.entries()))
+def test_every_method_passes_the_battery_on_a_model(name):
+    """Golden step, packing, budget, order, back ends; stopped and resumed bit for bit."""
+    problems = [str(check) for check in model_battery(name, seed=5) if not check.ok]
+    assert not problems
+
+
+def test_the_battery_on_a_model_catches_a_method_that_counts_by_itself():
+    """A mean in place of one value per unit makes a micro-batch's size matter."""
+    results = {check.name: check for check in model_battery(Averaging)}
+    assert results["golden step"].ok
+    assert not results["packing"].ok
+
+
+@method("averaging", view="pairs")
+class Averaging(Method):
+    """What a method must not do."""
+
+    def loss(self, pairs):
+        mean = (pairs.rejected.mean_logp - pairs.chosen.mean_logp).mean()
+        return mean.expand(len(pairs))
 
 
 @pytest.fixture(scope="module")
@@ -23,54 +44,13 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-@pytest.fixture(scope="module")
-def models():
-    """A policy, and a reference that differs from it."""
-    return tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=2).eval().requires_grad_(False)
+def start(name: str) -> tuple[Method, Any, Any, list]:
+    bench = Bench(METHODS.get(name)())
+    return bench.method, bench.roles, bench.reference, bench.groups
 
 
-def start(name, models) -> tuple[Method, object, object, list]:
-    method = METHODS.get(name)()
-    needed = columns_needed(method)
-    reference = models[1] if needed.reference or needed.live_reference else None
-    return method, role_module(models[0], method), reference, random_groups(method.view, 11, seed=3)
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_packed_step_is_the_golden_step(name, models, accelerator):
-    method, roles, reference, groups = start(name, models)
-    wanted_loss, wanted = golden_step(method, roles, reference, groups, seed=5)
-    assert any(float(g.norm()) > 1e-3 for g in wanted.values())
-    loss, found, _ = packed_step(engine_for(method, roles, reference, EVERYTHING), accelerator, groups, seed=5)
-    assert loss == pytest.approx(wanted_loss, rel=1e-5, abs=1e-6)
-    assert relative_difference(found, wanted) <= 1e-5
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_budget_order_and_back_end_do_not_matter(name, models, accelerator):
-    method, roles, reference, groups = start(name, models)
-    loss, wanted, state = packed_step(engine_for(method, roles, reference, EVERYTHING), accelerator, groups, seed=5)
-    shuffled = list(groups)
-    random.Random(0).shuffle(shuffled)
-    cases = [
-        ("tree", 60, groups),
-        ("tree", 1, groups),
-        ("tree", 60, shuffled),
-        ("sdpa", 60, groups),
-        ("padded", 90, groups),
-    ]
-    for backend, budget, order in cases:
-        engine = engine_for(method, roles, reference, budget, backend)
-        assert budget == EVERYTHING or len(engine.share(engine.ready(order, 5)).micros) > 1
-        other_loss, found, other_state = packed_step(engine, accelerator, order, seed=5)
-        assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6), (backend, budget)
-        assert relative_difference(found, wanted) <= 1e-5, (backend, budget)
-        for key, value in state.items():
-            torch.testing.assert_close(other_state[key], value, rtol=1e-5, atol=1e-6)
-
-
-def test_kto_in_four_micro_batches_equals_one(models, accelerator):
-    method, roles, reference, groups = start("kto", models)
+def test_kto_in_four_micro_batches_equals_one(accelerator):
+    method, roles, reference, groups = start("kto")
     groups = random_groups("singles", 8, seed=9)
     whole = engine_for(method, roles, reference, EVERYTHING)
     cut = next(
@@ -84,8 +64,8 @@ def test_kto_in_four_micro_batches_equals_one(models, accelerator):
     assert relative_difference(found, wanted) <= 1e-6
 
 
-def test_a_state_is_carried_from_step_to_step(models, accelerator):
-    method, roles, reference, groups = start("bco", models)
+def test_a_state_is_carried_from_step_to_step(accelerator):
+    method, roles, reference, groups = start("bco")
     engine = engine_for(method, roles, reference, 60)
     _, _, state = packed_step(engine, accelerator, groups)
     _, second, later = packed_step(engine, accelerator, random_groups("singles", 7, seed=8), state)
@@ -94,11 +74,9 @@ def test_a_state_is_carried_from_step_to_step(models, accelerator):
     assert relative_difference(second, wanted) <= 1e-5
 
 
-def test_weights_multiply_and_never_count(models, accelerator):
+def test_weights_multiply_and_never_count(accelerator):
     """Doubling one pair's weight adds exactly that pair's gradient once more; the divisor stays."""
-    from dataclasses import replace
-
-    method, roles, reference, groups = start("dpo", models)
+    method, roles, reference, groups = start("dpo")
     engine = engine_for(method, roles, reference, 60)
     base = [replace(g, preferences=(replace(g.preferences[0], weight=1.0),)) for g in groups]
     heavy = [replace(base[0], preferences=(replace(base[0].preferences[0], weight=2.0),)), *base[1:]]

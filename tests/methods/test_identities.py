@@ -11,6 +11,7 @@ import torch
 
 from align.methods import METHODS, terms
 from align.methods.evaluate import make_method
+from align.methods.stages import log1mexp
 from align.testing.reference_step import evaluate
 from align.testing.rows import Row, random_rows, tracked
 from tests.methods.loops import h, sigmoid, softplus
@@ -216,6 +217,11 @@ class TestORPO:
         margin = mean - math.log(-math.expm1(mean)) - math.log(q / (1 - q))
         assert found == pytest.approx(-1 - sigmoid(-margin) / -math.expm1(mean), rel=1e-12)
         assert p < 1
+
+    @pytest.mark.parametrize("x", [-1e-12, -1e-4, -0.5, -5.0, -40.0])
+    def test_log1mexp_keeps_its_digits(self, x: float) -> None:
+        expected = math.log(-math.expm1(x)) if x > -1 else math.log1p(-math.exp(x))
+        assert float(log1mexp(torch.tensor(x, dtype=torch.float64))) == pytest.approx(expected, rel=1e-14, abs=0)
 
     def test_a_probability_that_rounds_to_one_is_finite(self) -> None:
         pair = {"chosen": {"logp": [0.0]}, "rejected": {"logp": [-1e4]}}
@@ -454,7 +460,7 @@ class TestDROV:
         assert first == pytest.approx(second, abs=1e-12)
 
     def test_slopes_and_the_scale_of_the_policys(self) -> None:
-        tau, row = 0.4, self.single(0.9, 0.2, 0.5)
+        tau, row = 0.5, self.single(0.9, 0.2, 0.5)
         residual = 0.9 - 0.2 - tau * 0.5
         logp, value = slopes("dro_v", {"tau": tau}, [row])
         assert logp[0] == pytest.approx(-tau * residual, abs=1e-14)

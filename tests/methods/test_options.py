@@ -67,9 +67,11 @@ def test_bounds_that_belong_to_the_range_are_admitted(name: str, options: dict[s
 @pytest.mark.parametrize(
     ("name", "odd", "usual"),
     [
-        ("dpo", {"beta": 1.5}, {}),
-        ("ipo", {"tau": 0.1}, {"tau": 0.5}),
-        ("simpo", {"beta": 0.1}, {}),
+        ("dpo", {"beta": 1.001}, {"beta": 1}),
+        ("ipo", {"tau": 0.249}, {"tau": 0.25}),
+        ("ipo", {"tau": 0.1, "normalize": "token"}, {"tau": 0.1, "normalize": "sum"}),
+        ("simpo", {"beta": 0.999}, {"beta": 1}),
+        ("rpo", {"eta": 0.101}, {"eta": 0.1}),
         ("rpo", {"eta": 0.2}, {"eta": 0.2, "sft_reduction": "token_mean"}),
     ],
 )

@@ -217,6 +217,20 @@ def test_finish_refuses_reduced_values_and_unknown_units() -> None:
         finish({"a": Term(view.delta, "group")}, view)
 
 
+@pytest.mark.parametrize(("baseline", "column"), [("sft", "baseline"), ("samples", "samples")])
+def test_a_view_without_the_column_is_refused_by_the_loss_too(baseline: str, column: str) -> None:
+    view = make_bare_view("pairs", [PAIR])
+    with pytest.raises(ConfigError, match=f"have no `{column}`"):
+        METHODS.get("rpo")(baseline=baseline).loss(view)
+
+
+def test_kto_without_partners_is_anchored_at_zero() -> None:
+    view = make_bare_view("singles", [without(SINGLE, "mismatched")])
+    zero = make_bare_view("singles", [{**SINGLE, "mismatched": {"logp": [-1.0], "ref_logp": [-1.0]}}])
+    kto = METHODS.get("kto")()
+    torch.testing.assert_close(kto.loss(view), kto.loss(zero), rtol=0, atol=0)
+
+
 def test_finish_masks_units_and_replaces_weights() -> None:
     view = make_bare_view("pairs", [{**PAIR, "weight": 2.0}, PAIR, PAIR])
     assert isinstance(view, Pairs)

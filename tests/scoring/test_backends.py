@@ -69,6 +69,7 @@ def test_wrong_numbers_alone_are_found_out(spread: float, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "branch_mask", leaky)
     with pytest.raises(ModelError, match="differ from single sequences"):
         prepare(model, "tree")
+    assert model.config._attn_implementation == "sdpa", "a refusal must leave the attention as it was"
     assert prepare(model, "auto").name == "padded"
 
 
@@ -145,14 +146,6 @@ def test_preparing_leaves_random_states_training_flags_and_gradients_alone() -> 
     assert [module.training for module in model.modules()] == flags
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_refused_back_end_leaves_the_attention_as_it_was() -> None:
-    model = tiny_model("mamba")
-    before = model.config._attn_implementation
-    with pytest.raises(ModelError, match="linear_attention"):
-        prepare(model, "tree")
-    assert model.config._attn_implementation == before
 
 
 def test_without_a_probe_no_forward_runs() -> None:

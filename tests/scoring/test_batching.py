@@ -40,6 +40,10 @@ def test_ranks_differ_by_at_most_one_group(costs: list[int], world: int) -> None
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
+def test_ranks_share_the_work_and_not_the_count() -> None:
+    assert plan([100, *[10] * 10], 2) == [[[0]], [list(range(1, 11))]]
+
+
 def test_micro_batches_are_filled_by_length() -> None:
     assert plan([10, 90, 20, 80, 30], 1, 100) == [[[1], [3], [4, 2, 0]]]
 
