@@ -10,7 +10,7 @@ dtype (float32), learning rate and optimiser; two threads; no gradient checkpoin
     trl     DPOTrainer with a frozen second copy
     trl_precompute  DPOTrainer with `precompute_ref_log_probs` (with `--reference cached` only)
 
-The first 16 pairs (at least one step) warm up, the next 64 are timed. The result is written as JSON.
+The first 16 pairs (at least one step) warm up, the next 64 are timed; `--warm` and `--timed` change that. The result is written as JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
-        warm = max(1, WARM_PAIRS // options.batch)
-        timed = max(1, TIMED_PAIRS // options.batch)
+        warm = max(1, options.warm // options.batch)
+        timed = max(1, options.timed // options.batch)
         count = (warm + timed) * options.batch
         _run("bench.prepare", options.data, options.model, str(work), str(count), str(MAX_LENGTH))
         facts = json.loads((work / "facts.json").read_text())
@@ -165,6 +165,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, choices=(4, 8, 32), default=8)
     parser.add_argument("--reference", choices=("frozen", "cached"), default="frozen")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=WARM_PAIRS, help="pairs before the clock starts")
+    parser.add_argument("--timed", type=int, default=TIMED_PAIRS, help="pairs on the clock")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sides", nargs="+", default=["ours", "trl", "trl_precompute", "padded"])
     parser.add_argument("--out", type=Path, default=None)

@@ -52,7 +52,7 @@ def check_view(view: str, needs: Collection[str], gives: Collection[str], where:
         f"the method needs {missing}",
         where=where,
         why=f"the rows give {has}; {read_as}".rstrip("; "),
-        mend="name the columns with `columns:`, say which answer wins with `winner:`, or choose a method of another view",
+        mend="name the columns with `columns:`, say which answer wins with `winner:`, or take a method of another view",
     )
 
 

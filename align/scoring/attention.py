@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from align.compat.transformers import register_attention, sdpa_attention_forward
 from align.core.errors import ModelError
-from align.scoring.layout import Span, TreeLayout
+from align.scoring.layout import TreeLayout
 
 TREE = "align_tree"
 
@@ -63,26 +63,32 @@ def tree_attention(
     )
     if tree_layout.record is not None:
         tree_layout.record.append(terms.window)
+    # One split of the row: its backward is one concatenation, where that of a slice is a row of zeros each.
+    sizes = [size for span in tree_layout.spans for size in (span.prompt, *span.branches)]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     pieces: list[Tensor] = []
     for span in tree_layout.spans:
-        pieces += _tree(query, key, value, span, tree_layout, terms)
+        own = slice(len(pieces), len(pieces) + 1 + len(span.branches))
+        pieces += _tree(queries[own], keys[own], values[own], tree_layout, terms)
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1), None
 
 
-def _tree(query: Tensor, key: Tensor, value: Tensor, span: Span, layout: TreeLayout, terms: Terms) -> list[Tensor]:
-    """Attention of one tree's queries, prompt first: tensors [1, H, n, D_v]."""
-    start, middle = span.start, span.start + span.prompt
-    sizes = (span.prompt, *span.branches)
-    queries = query[:, :, start : start + sum(sizes)].split(sizes, dim=2)
-    keys = key[:, :, start : start + sum(sizes)].split(sizes, dim=2)
-    values = value[:, :, start : start + sum(sizes)].split(sizes, dim=2)
-    out = [_attend(queries[0], keys[0], values[0], prompt_mask(layout, span.prompt, terms.window, query), True, terms)]
-    # With a window of w a branch's first token sees the last w - 1 prompt tokens and no later token sees more.
-    seen = span.prompt if terms.window is None else min(span.prompt, terms.window - 1)
-    prompt_key, prompt_value = key[:, :, middle - seen : middle], value[:, :, middle - seen : middle]
+Pieces = tuple[Tensor, ...]
+
+
+def _tree(queries: Pieces, keys: Pieces, values: Pieces, layout: TreeLayout, terms: Terms) -> list[Tensor]:
+    """Attention of one tree, given as its prompt and its branches: tensors [1, H, n, D_v] in that order."""
+    prompt = queries[0].shape[2]
+    mask = prompt_mask(layout, prompt, terms.window, queries[0])
+    out = [_attend(queries[0], keys[0], values[0], mask, True, terms)]
+    prompt_key, prompt_value, seen = keys[0], values[0], prompt
+    if terms.window is not None and terms.window <= prompt:
+        # A branch's first token sees the last w - 1 prompt tokens, and no later token sees more.
+        seen = terms.window - 1
+        prompt_key, prompt_value = prompt_key[:, :, prompt - seen :], prompt_value[:, :, prompt - seen :]
     for own_query, own_key, own_value in zip(queries[1:], keys[1:], values[1:], strict=True):
         all_keys, all_values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
-        mask = branch_mask(layout, seen, own_query.shape[2], terms.window, query)
+        mask = branch_mask(layout, seen, own_query.shape[2], terms.window, own_query)
         out.append(_attend(own_query, all_keys, all_values, mask, False, terms))
     return out
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from align.compat.transformers import attention_of
 from align.core.errors import ConfigError, ModelError, suggestion
+from align.scoring.attention import TREE
 from align.scoring.facts import accepts, head_of, logit_transform, trunk_of
 from align.scoring.head import Limits, Other, evaluate
 from align.scoring.layout import PackedBatch, TreeLayout
@@ -61,12 +63,12 @@ def hidden_states(model: nn.Module, packed: PackedBatch) -> Tensor:
     if packed.position_ids is not None:
         arguments["position_ids"] = packed.position_ids
     attention = packed.attention
+    _check_attention(attention, trunk)
     if isinstance(attention, TreeLayout):
         # A mask of four dimensions is taken as it is: this one keeps the model from making a row x row mask.
         arguments["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device)
         arguments["tree_layout"] = attention
     elif attention is not None:
-        _check_gradients(attention, packed.input_ids.device, trunk)
         arguments["attention_mask"] = attention
     if not accepts(trunk, "attention_mask") and not accepts(trunk, "kwargs"):
         arguments.pop("attention_mask", None)
@@ -99,9 +101,20 @@ def _check(wanted: tuple[str, ...], other: nn.Module | None) -> None:
             )
 
 
-def _check_gradients(attention: Any, device: torch.device, trunk: nn.Module) -> None:
+def _check_attention(attention: Any, trunk: Any) -> None:
+    """Refuse a model whose attention would ignore the layout, which gives wrong numbers without an error."""
     masks = attention.values() if isinstance(attention, dict) else (attention,)
-    if device.type != "cpu" or not torch.is_grad_enabled() or not any(isinstance(m, BlockMask) for m in masks):
+    blocks = any(isinstance(mask, BlockMask) for mask in masks)
+    if not blocks and not isinstance(attention, TreeLayout):
+        return
+    needed, found = "flex_attention" if blocks else TREE, attention_of(trunk)
+    if found != needed:
+        raise ModelError(
+            f"the model's attention is `{found}`, the batch was packed for `{needed}`",
+            why="it was changed after the model was prepared, or two models share one configuration object",
+            mend="prepare every model that scores a batch with the back end that packed it",
+        )
+    if not blocks or not torch.is_grad_enabled() or next(trunk.parameters()).device.type != "cpu":
         return
     if any(parameter.requires_grad for parameter in trunk.parameters()):
         raise ModelError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +48,7 @@ GPU_LIMITS = Limits(keep_bytes=1024 * MIB, chunk_bytes=512 * MIB, chunk_tokens=2
 class Other:
     """A second, frozen model in the same chunks: its head, its hidden states [M, H'] and what it does to logits.
 
+    `gathered`: its head is the policy's own, so the weight is there, and the module is not called inside its own call.
     `context` is entered around calls of a head that is not a plain linear layer (adapters switched off).
     """
 
@@ -55,19 +56,28 @@ class Other:
     hidden: Tensor
     transform: LogitTransform
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    gathered: bool = False
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked before any swap: the two heads may be one module (an adapter switched off).
+        object.__setattr__(self, "plain", is_plain_linear(self.head))
 
     def run(self, body: Callable[[Callable[[slice], Tensor]], T]) -> T:
         """`body(logits_of)` with the head's weight gathered; `logits_of(part)` are raw logits without gradient."""
         head: Any = self.head
         results: list[T] = []
 
-        def gathered(hidden: Tensor) -> Tensor:
+        def with_weight(hidden: Tensor) -> Tensor:
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
             results.append(body(lambda part: _logits(hidden[part], weight, bias)))
             return hidden
 
-        if is_plain_linear(head):
-            call_swapped(head, gathered, self.hidden.detach())
+        if self.plain:
+            if self.gathered:
+                with_weight(self.hidden.detach())
+            else:
+                call_swapped(head, with_weight, self.hidden.detach())
             return results[0]
 
         def as_it_is(part: slice) -> Tensor:
@@ -137,6 +147,8 @@ def evaluate(
     vocabulary = _vocabulary(head)
     wanted = tuple(needs)
     paired = bool(NEEDS_OTHER & set(wanted))
+    if other is not None and other.head is head:
+        other = replace(other, gathered=True)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     size = (autocast or hidden.dtype).itemsize * (2 if paired else 1)
@@ -173,11 +185,15 @@ def is_sharded(head: nn.Module) -> bool:
 
 def call_swapped(module: nn.Module, forward: Callable[[Tensor], Any], *args: Tensor) -> Any:
     """Call `module` so that its hooks run around `forward` instead of its own forward."""
+    before = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
         return module(*args)
     finally:
-        del vars(module)["forward"]
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
 
 
 def widened(logits: Tensor) -> Tensor:

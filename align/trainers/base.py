@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from align.core.errors import ConfigError
+from align.compat.accelerate import backward, synchronising
+from align.core.errors import ConfigError, TrainingError
 from align.core.seeds import derive
+from align.data.groups import TokenGroup
 from align.data.stream import GlobalBatch
 from align.methods.base import Method
 from align.reference.columns import Column
@@ -27,7 +29,7 @@ from align.trainers.evaluation import evaluate_batches
 from align.trainers.guards import SignalGuard, StopOnSignal, check_deepspeed, check_step_zero
 from align.trainers.metrics import Meter
 from align.trainers.roles import RoleModule
-from align.trainers.step import PackedStep
+from align.trainers.step import PackedStep, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -161,18 +163,41 @@ class AlignTrainer(Trainer):
             return self._empty_step(engine)
         if self.state.global_step == 0:
             self._check_step_zero(engine, groups)
-        result = PackedStep(engine, self.accelerator, self.meter).run(groups, self.method_state, seed)
+        result = self._step(engine, groups, seed)
         self.method_state = result.state
         self.meter.add({"micro_batches": (torch.tensor(float(result.micro_batches)), 1.0)})
         return result.loss
 
+    def _step(self, engine: Engine, groups: list[TokenGroup], seed: int) -> StepResult:
+        """The step; where memory runs out, again with half the budget. Numbers do not depend on the budget."""
+        while True:
+            held = self.meter.state_dict()
+            try:
+                return PackedStep(engine, self.accelerator, self.meter).run(groups, self.method_state, seed)
+            except torch.OutOfMemoryError as error:
+                smallest = max(group.tokens for group in groups)
+                # Other ranks wait in a collective that this one has left, so only a single process can try again.
+                if self.world > 1 or engine.budget <= smallest:
+                    raise TrainingError(
+                        f"out of memory at {engine.budget} tokens a micro-batch",
+                        why=_first_line(error),
+                        mend=f"set `tokens_per_micro_batch` to {max(smallest, engine.budget // 2)} or less, use "
+                        "gradient_checkpointing, or shard the model",
+                    ) from error
+            engine.budget = max(engine.budget // 2, smallest)
+            logger.warning("out of memory: going on with %d tokens a micro-batch", engine.budget)
+            self.meter.load_state_dict(held)
+            self.model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def _empty_step(self, engine: Engine) -> Tensor:
         groups = [self.data.dummy()]
         share = engine.share(groups)
-        with engine.no_sync(self.accelerator, True):
+        with synchronising(self.accelerator, engine.module, last=True):
             outputs = engine.outputs(share.micros[-1])
             loss = torch.stack([value.sum() * 0.0 for value in outputs.values()]).sum()
-            self.accelerator.backward(loss)
+            backward(self.accelerator, loss)
         return loss.detach()
 
     def _check_step_zero(self, engine: Engine, groups: Any) -> None:
@@ -328,6 +353,10 @@ class AlignTrainer(Trainer):
         if self.args.should_save:
             roles = self.accelerator.unwrap_model(self.model)
             checkpoints.save_roles(roles, folder, state, self.tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n", 1)[0]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ class JsonlLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir) / LOG_FILE
         if state.is_world_process_zero and path.is_file():
-            # A run killed after its last checkpoint logged steps that will be run, and logged, again.
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
+            # A run killed after its last checkpoint logged steps, or its end, that will be logged again.
+            lines = [line for line in path.read_text().splitlines() if _last_step(line) <= state.global_step]
             atomic_write(path, "".join(f"{line}\n" for line in lines))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -31,11 +32,13 @@ class JsonlLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}, default=float) + "\n")
 
 
-def _step(line: str) -> int:
+def _last_step(line: str) -> float:
+    """The step of a line; beyond every step for the summary of a run's end."""
     try:
-        return int(json.loads(line)["step"])
+        entry = json.loads(line)
+        return math.inf if "train_runtime" in entry else int(entry["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # a torn last line
+        return math.inf  # a torn last line
 
 
 class Patience(EarlyStoppingCallback):

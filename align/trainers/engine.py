@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,10 +114,16 @@ class Engine:
         )
         return MicroBatch(tuple(groups), rows, trees, self.backend.pack(trees, self.device), dummy)
 
-    def outputs(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """Policy, value and reference numbers of a micro-batch, [n, T]; gradients flow where autograd is on."""
-        frozen: dict[str, Tensor] = {}
-        if self.column is not None:
+    def outputs(self, micro: MicroBatch, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Policy, value and reference numbers of a micro-batch, [n, T]; gradients flow where autograd is on.
+
+        `frozen`: outputs of an earlier pass over the same micro-batch, whose reference columns are taken over.
+        """
+        if frozen is not None:
+            frozen = {name: frozen[name] for name in self.needed.reference}
+        elif self.column is None:
+            frozen = {}
+        else:
             with torch.no_grad(), self.roles.autocast(self.device.type):
                 frozen = self.column.column(micro.packed, micro.trees, self.needed.reference)
         scored = self.module(packed=micro.packed, requests=self.requests, other=self.live)
@@ -144,10 +149,3 @@ class Engine:
                 torch.distributed.all_reduce(table)
             gathered[name] = table
         return gathered
-
-    def no_sync(self, accelerator: Any, last: bool) -> Any:
-        """Synchronise gradients with the last backward only; DeepSpeed is told by its boundary flag instead."""
-        accelerator.gradient_state._set_sync_gradients(last)
-        if last or accelerator.distributed_type.value == "DEEPSPEED":
-            return nullcontext()
-        return accelerator.no_sync(self.module)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.compat.accelerate import is_deepspeed
 from align.core.errors import ConfigError
 from align.methods.base import Method
 from align.reference import (
@@ -89,6 +90,12 @@ def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> Non
         )
     if args.reference == "adapter_off" and args.reference_model is not None:
         raise ConfigError("`reference_model` with reference `adapter_off`", mend="use reference `frozen`")
+    if args.reference == "ema" and adapter:
+        raise ConfigError(
+            "reference `ema` with an adapter",
+            why="the base weights do not move",
+            mend="train all weights, or use another",
+        )
     if live and args.reference in ("cached", "adapter_off"):
         raise ConfigError(
             f"method `{method.id}` compares whole vocabularies, which reference `{args.reference}` cannot give",
@@ -153,7 +160,7 @@ def _weights(reference: Reference, roles: Any) -> str:
 
 
 def _sharded_like(model: Any, accelerator: Any) -> Any:
-    if accelerator.distributed_type.value != "DEEPSPEED":
+    if not is_deepspeed(accelerator):
         return model
     plugin = accelerator.state.deepspeed_plugin
     if plugin.deepspeed_config["zero_optimization"]["stage"] != 3:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.compat.accelerate import backward, synchronising
 from align.core.errors import TrainingError
 from align.data.groups import TokenGroup
 from align.methods.base import Terms, finish
@@ -16,6 +17,17 @@ from align.trainers.engine import Engine, MicroBatch, Share
 from align.trainers.metrics import Meter, measure
 
 State = Mapping[str, Tensor]
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator and of the device's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def restore_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +76,7 @@ class PackedStep:
         keep = bool(state)
         for number, micro in enumerate(share.micros):
             last = number == len(share.micros) - 1
-            with engine.no_sync(self.accelerator, last):
+            with synchronising(self.accelerator, engine.module, last):
                 outputs = engine.outputs(micro)
                 view = engine.view(micro.groups, outputs, state, seed)
                 terms = finish(engine.method.loss(view), view)
@@ -75,7 +87,7 @@ class PackedStep:
                 if last:
                     loss = self._add_penalty(loss)
                     self._guard(total, share)
-                self._backward(loss, last)
+                backward(self.accelerator, loss)
             if keep:
                 kept.append({name: output.detach() for name, output in outputs.items()})
         return total, kept
@@ -84,17 +96,25 @@ class PackedStep:
         """Two passes: outputs without gradient, one coefficient per output, then backward of their inner product."""
         engine = self.engine
         single = len(share.micros) == 1
-        with torch.set_grad_enabled(single), engine.no_sync(self.accelerator, single):
-            parts = [engine.outputs(micro) for micro in share.micros]
+        with torch.set_grad_enabled(single), synchronising(self.accelerator, engine.module, single):
+            drawn = [random_state(engine.device)]
+            parts = []
+            for micro in share.micros:
+                parts.append(engine.outputs(micro))
+                drawn.append(random_state(engine.device))
         gathered = engine.gather(share, parts)
         loss, coefficients = self.coefficients(share, gathered, state, seed)
         self._guard(loss, share)
         for number, micro in enumerate(share.micros):
             last = number == len(share.micros) - 1
-            with engine.no_sync(self.accelerator, last):
-                outputs = parts[0] if single else engine.outputs(micro)
+            with synchronising(self.accelerator, engine.module, last):
+                outputs = parts[0]
+                if not single:
+                    # The coefficients belong to the first pass's outputs, so an adapter's dropout must fall as it did.
+                    restore_random_state(drawn[number], engine.device)
+                    outputs = engine.outputs(micro, frozen=parts[number])
                 inner = self._inner(micro, outputs, coefficients)
-                self._backward(self._add_penalty(inner) if last else inner, last)
+                backward(self.accelerator, self._add_penalty(inner) if last else inner)
             if not micro.dummy:
                 view = engine.view(micro.groups, outputs, state, seed)
                 self.meter.add(measure(engine.method, view))
@@ -137,13 +157,6 @@ class PackedStep:
     def _record(self, view: Any, terms: Terms) -> None:
         self.meter.add(measure(self.engine.method, view))
         self.meter.add_terms(terms)
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        if self.accelerator.distributed_type.value == "DEEPSPEED":
-            # DeepSpeed steps inside the backward at its boundary; accelerate sets the boundary from sync_gradients.
-            self.accelerator.backward(loss, scale_wrt_gas=False)
-        else:
-            self.accelerator.backward(loss)
 
     def _guard(self, loss: Tensor, share: Share) -> None:
         """Before the last backward: under DeepSpeed a later check would find the optimiser stepped."""

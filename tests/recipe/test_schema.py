@@ -95,7 +95,7 @@ def test_learning_rates_by_method_and_adapter(write: Write) -> None:
         name: schema.load(write(text.replace("{name: dpo, beta: 2e-1}", name)), ["model.peft=null"]).train.learning_rate
         for name in METHODS.entries()
     }
-    assert (full["dpo"], full["simpo"], full["orpo"], full["sft"]) == (5e-7, 1e-6, 8e-6, 2e-5)
+    assert (full["dpo"], full["simpo"], full["orpo"], full["sft"]) == (5e-7, 1e-6, 5e-6, 2e-5)
     assert all(rate is not None and 1e-7 <= rate <= 2e-5 for rate in full.values())
     assert schema.load(write(text)).train.learning_rate == pytest.approx(5e-6)
 

@@ -148,6 +148,16 @@ def test_preparing_leaves_random_states_training_flags_and_gradients_alone() -> 
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_attention_changed_behind_the_back_end_is_refused() -> None:
+    model = tiny_model("llama")
+    packed = prepare(model, "tree").pack(random_trees(1))
+    sharing = AutoModelForCausalLM.from_config(model.config)
+    assert sharing.config is model.config
+    prepare(sharing, "padded")
+    with pytest.raises(ModelError, match=r"attention is `sdpa`, the batch was packed for `align_tree`"):
+        score(model, packed)
+
+
 def test_without_a_probe_no_forward_runs() -> None:
     model = tiny_model("llama")
     model.register_forward_pre_hook(lambda *a: pytest.fail("a forward ran"))

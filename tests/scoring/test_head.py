@@ -180,6 +180,21 @@ def test_the_head_is_called_as_a_module_so_that_its_hooks_run() -> None:
     assert "forward" not in vars(head)
 
 
+@pytest.mark.parametrize("limits", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
+def test_a_head_shared_by_both_models_is_gathered_once(limits: Limits) -> None:
+    """Hooks that gather a sharded weight do not expect a call of the module inside its own call, or in its backward."""
+    head, hidden, targets, _ = setting(False, torch.float64)
+    other = Other(head, torch.randn(M, H, dtype=torch.float64), LogitTransform())
+    calls: list[str] = []
+    head.register_forward_pre_hook(lambda *a: calls.append("gather"))
+    column = evaluate(head, hidden, targets, ("kl_ref_policy",), other=other, limits=limits)["kl_ref_policy"]
+    gradient = torch.autograd.grad(column.sum(), hidden)[0]
+    assert calls == ["gather"]
+    expected = book("kl_ref_policy", linear(hidden, head.weight), targets, linear(other.hidden, head.weight).detach())
+    torch.testing.assert_close(column, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
 @pytest.mark.parametrize("needs", [("logp",), ("entropy", "logp")], ids="+".join)
 @pytest.mark.parametrize("limits", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
 def test_an_adapter_on_the_head_takes_part(limits: Limits, needs: tuple[str, ...]) -> None:

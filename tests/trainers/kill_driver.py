@@ -98,7 +98,7 @@ def main(folder: Path, kills: int) -> None:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in random_pairs(ROWS, seed=1)))
     report: dict[str, object] = {"kills": 0, "while_saving": 0, "cases": []}
-    cases = [("kto", False), ("dpo", True)]
+    cases = [("kto", False), ("dpo", True), ("lipo", False), ("sft", False)]
     wanted, duration = {}, {}
     for method, lora in cases:
         start = time.monotonic()
@@ -106,7 +106,7 @@ def main(folder: Path, kills: int) -> None:
         duration[method] = time.monotonic() - start
         wanted[method] = (weights(folder / method), log_of(folder / method))
     for number in range(kills):
-        method, lora = cases[number % 2]
+        method, lora = cases[number % len(cases)]
         out = folder / f"killed-{number}"
         saving = number % 3 == 2
         killed = 0

@@ -269,6 +269,42 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_rows(rows, 
     assert torch.equal(policy.model.embed_tokens.weight, broken.kept)
 
 
+def test_out_of_memory_halves_the_budget_and_changes_nothing_else(model, rows, tmp_path, caplog):
+    curves = []
+    for limit in (10**9, 300):
+        trainer = PreferenceTrainer(model, "dpo", arguments(tmp_path / str(limit), max_steps=4), rows)
+        engine = trainer.engine_for(trainer.model)
+        real = engine.outputs
+
+        def outputs(micro, real=real, limit=limit):
+            if micro.packed.unique_tokens > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(micro)
+
+        trainer._check_step_zero = lambda *_: None
+        engine.outputs = outputs
+        trainer.train()
+        curves.append(
+            [{k: line[k] for k in ("loss", "grad_norm", "rewards/margins")} for line in trainer.state.log_history[:4]]
+        )
+    assert engine.budget <= 512
+    assert "out of memory: going on with" in caplog.text
+    for whole, cut in zip(*curves, strict=True):
+        assert cut == pytest.approx(whole, rel=1e-3, abs=2e-5)
+
+
+def test_a_batch_that_never_fits_says_so(model, rows, tmp_path):
+    trainer = PreferenceTrainer(model, "simpo", arguments(tmp_path), rows)
+    engine = trainer.engine_for(trainer.model)
+
+    def outputs(micro):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine.outputs = outputs
+    with pytest.raises(TrainingError, match="tokens_per_micro_batch"):
+        trainer.train()
+
+
 def test_step_zero_catches_a_reference_that_is_not_the_start(model, rows, tmp_path):
     trainer = PreferenceTrainer(model, "dpo", arguments(tmp_path), rows)
     with torch.no_grad():
