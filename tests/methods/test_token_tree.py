@@ -104,11 +104,12 @@ class Uphill(Method):
 
 @method("impure", view="pairs", needs={"ref_logp"})
 class Impure(Method):
-    """A gradient 1 % too long, which neither a detach nor the value tells."""
+    """A gradient 1 % too long, which the value does not tell."""
 
     def loss(self, pairs: Pairs) -> Tensor:
         values = logistic(pairs.delta)
-        values.register_hook(lambda slope: 1.01 * slope)
+        if values.requires_grad:
+            values.register_hook(lambda slope: 1.01 * slope)
         return values
 
 
@@ -141,7 +142,8 @@ def test_the_checks_find_what_is_wrong(seed: int) -> None:
 def test_the_solution_is_the_tilted_reference(tree: TokenTree) -> None:
     """Backward induction agrees with the sum over all leaves: pi* = pi_ref exp((r - V*) / beta)."""
     solved, reference = tree.solve(), tree.leaf_logp(tree.reference)
-    value = BETA * math.log(sum(math.exp(p + r / BETA) for p, r in zip(reference.tolist(), tree.rewards.tolist())))
+    leaves = zip(reference.tolist(), tree.rewards.tolist(), strict=True)
+    value = BETA * math.log(sum(math.exp(p + r / BETA) for p, r in leaves))
     assert float(solved.value[0]) == pytest.approx(value, abs=1e-12)
     torch.testing.assert_close(tree.leaf_logp(solved), reference + (tree.rewards - value) / BETA, rtol=0, atol=1e-12)
     torch.testing.assert_close(solved.logits.exp().sum(-1), torch.ones(13, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -191,11 +193,11 @@ def test_the_population_of_pairs_is_exact(tree: TokenTree) -> None:
     reference, rewards = tree.leaf_logp(tree.reference).tolist(), tree.rewards.tolist()
     h = [p - q for p, q in zip(tree.leaf_logp(policy).tolist(), reference, strict=True)]
     total = mass = 0.0
-    for w, l in product(range(27), repeat=2):  # noqa: E741
-        if w != l:
-            weight = math.exp(reference[w] + reference[l]) / (1 + math.exp(rewards[l] - rewards[w]))
+    for i, j in product(range(27), repeat=2):
+        if i != j:
+            weight = math.exp(reference[i] + reference[j]) / (1 + math.exp(rewards[j] - rewards[i]))
             mass += weight
-            total += weight * math.log1p(math.exp(-BETA * (h[w] - h[l])))
+            total += weight * math.log1p(math.exp(-BETA * (h[i] - h[j])))
     assert float(objective(made("dpo", beta=BETA), tree, policy)) == pytest.approx(total / mass, abs=1e-12)
 
 
@@ -241,7 +243,7 @@ def test_the_optimum_of_ipo_is_tilted_by_the_win_probability(normalize: str, len
     arXiv 2310.12036, Eq. 10 with the identity. Per token the target is met by log-ratios as many times as large.
     """
     tau = 0.8
-    wins = tree.beats() @ tree.leaf_logp(tree.reference).exp()
+    wins = torch.sigmoid(tree.rewards[:, None] - tree.rewards) @ tree.leaf_logp(tree.reference).exp()
     optimum_is("ipo", tree, tree.tilted(length * wins / tau), tau=tau, normalize=normalize)
     assert slope_at("ipo", tree, tree.tilted(length * tree.rewards / tau), tau=tau, normalize=normalize) > 1e-3
 
@@ -285,7 +287,7 @@ def test_the_optimum_of_bco_is_the_solution_where_the_centre_is_minus_the_value(
 
     value = float(solved.value[0])
     assert slope(-value) < ZERO
-    assert slope(value + 0.5) > 1e-3
+    assert slope(0.1 - value) > 1e-3
 
 
 def test_kto_pushes_each_leaf_by_how_far_its_label_is_from_a_coin(tree: TokenTree) -> None:
