@@ -123,6 +123,8 @@ class Tokeniser:
         if not len(ids) and completions:
             # Without a BOS the first token of a text has no context: it becomes the prompt, and is not scored.
             ids = completions[0].ids[:1]
+            if any(completion.ids[0] != ids[0] for completion in completions):
+                raise RowError("prompt", "empty, and without a BOS the answers have no common first token")
             completions = tuple(_without_first(completion) for completion in completions)
         return TokenGroup(row=group.row, prompt=ids, completions=completions, preferences=group.preferences)
 

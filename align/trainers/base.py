@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import Trainer
 
 from align.compat.accelerate import backward, synchronising
 from align.core.errors import ConfigError, TrainingError
+from align.core.files import verify_manifest
 from align.core.seeds import derive
 from align.data.groups import TokenGroup
 from align.data.stream import GlobalBatch
@@ -34,6 +37,16 @@ from align.trainers.step import PackedStep, StepResult
 logger = logging.getLogger(__name__)
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16384
+_FIXED = (
+    "global_batch_size",
+    "seed",
+    "shuffle",
+    "learning_rate",
+    "weight_decay",
+    "dtype",
+    "reference",
+    "reference_model",
+)
 
 
 class AlignTrainer(Trainer):
@@ -63,7 +76,10 @@ class AlignTrainer(Trainer):
         self.expect_equal = False
         if args.best_metric is not None:
             args.metric_for_best_model = metric_name(args.best_metric)
-            args.greater_is_better = higher_is_better(args.best_metric)
+            if args.greater_is_better is None:
+                args.greater_is_better = higher_is_better(args.best_metric)
+        if data.eval is not None:
+            data.eval.rows_per_step(args.global_batch_size)
         super().__init__(
             model=roles,
             args=args,
@@ -89,6 +105,7 @@ class AlignTrainer(Trainer):
             self.add_callback(Patience(early_stopping_patience=args.patience))
         self.engine: Engine | None = None
         self._last_log = (0.0, 0)
+        self._saved_at = -1
 
     # -- what a run is made of ------------------------------------------------------------------------------------
 
@@ -109,7 +126,7 @@ class AlignTrainer(Trainer):
 
     @property
     def stopped_by_signal(self) -> bool:
-        return self.guard.asked
+        return self.guard.agreed
 
     # -- Trainer's hooks ------------------------------------------------------------------------------------------
 
@@ -148,9 +165,32 @@ class AlignTrainer(Trainer):
             return None
         if asked == "auto":
             found = checkpoints.newest_checkpoint(self.args.output_dir)
-            return None if found is None else str(found)
+            return None if found is None else self._same_run(found)
         checkpoints.verify_checkpoint(asked)
-        return str(asked)
+        return self._same_run(Path(asked))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run may not change; ranks, token budget, length and logging it may."""
+        args, data = self.args, self.data.train.prepared.fingerprint
+        own = {"method": self.method.id, "options": self.method.describe(), "data": data}
+        own |= {name: getattr(args, name) for name in _FIXED}
+        return json.loads(json.dumps(own, default=str))
+
+    def _same_run(self, folder: Path) -> str:
+        there, here = verify_manifest(folder, hashes=False).get("run", {}), self._identity()
+        changed = [
+            f"{name}: {there.get(name)!r} there, {value!r} now"
+            for name, value in here.items()
+            if there.get(name) != value
+        ]
+        if changed:
+            raise ConfigError(
+                "the output folder holds another run",
+                where=str(folder),
+                why="; ".join(changed),
+                mend="name another output_dir, or start from a checkpoint's `policy` folder as the model",
+            )
+        return str(folder)
 
     def training_step(self, model: Any, inputs: GlobalBatch, num_items_in_batch: Any = None) -> Tensor:
         model.train()
@@ -159,7 +199,7 @@ class AlignTrainer(Trainer):
         self.data.note(inputs, main=self.rank == 0)
         groups = engine.ready(inputs.groups, seed)
         if not groups:
-            logger.warning("step %d has no usable row; it changes nothing", self.state.global_step)
+            logger.warning("step %d has no usable row, so no gradient", self.state.global_step)
             return self._empty_step(engine)
         if self.state.global_step == 0:
             self._check_step_zero(engine, groups)
@@ -214,6 +254,20 @@ class AlignTrainer(Trainer):
         }
         check_step_zero(table, mask, engine.roles.dtype, self.expect_equal)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Nothing beyond `max_steps`: Trainer would train one step more where a finished run is started again."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # With `save_total_limit` 1 Trainer deletes here every checkpoint but the best: the one to resume from.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = keep
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         """Trainer would count labels; our counts are per term and exact already."""
 
@@ -234,12 +288,20 @@ class AlignTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return optimiser.clip(self.accelerator, self.model, self.args)
+        norm = optimiser.clip(self.accelerator, self.model, self.args)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"the gradient's norm is {float(norm)}",
+                where=f"step {self.state.global_step}",
+                why="the loss is finite and its gradient is not: a square root or a logarithm at 0, or an overflow",
+                mend="look at the method's loss at these values; the last checkpoint is good",
+            )
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A collective for training logs: metrics are reduced over ranks here, once."""
         if "loss" in logs:
-            logs.update(self.meter.drain(self.args.device, self.world))
+            logs.update(self.meter.drain(self.world))
             now, steps = time.monotonic(), self.state.global_step
             before, last = self._last_log
             if before and steps > last:
@@ -251,7 +313,9 @@ class AlignTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Means over the held-out set by the packed path; the same numbers for any number of ranks."""
-        data = self.data.eval if eval_dataset is None else eval_dataset
+        data = self.data.eval
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise ConfigError("`evaluate` takes the data the trainer was made with", mend="give it as `eval_dataset`")
         if data is None:
             raise ConfigError("there is no evaluation data", mend="give eval_dataset, or `data.eval` in the recipe")
         module = self.model_wrapped if self.is_deepspeed_enabled else self.model
@@ -283,18 +347,20 @@ class AlignTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if path.exists():
+        if self._saved_at == self.state.global_step:
             return
+        self._saved_at = self.state.global_step
         main = self.args.should_save
-        info = {"step": self.state.global_step, "epoch": self.state.epoch, "data": self.data.describe()}
+        info = {"step": self.state.global_step, "epoch": self.state.epoch}
+        info |= {"data": self.data.describe(), "run": self._identity()}
+        numbers, tensors = self._own_state()
         with checkpoints.staged(path, main, self.accelerator.wait_for_everyone, info) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
+            self._name_best(path)  # on every rank: `train` decides by it whether to enter a collective
             if main:
-                numbers, tensors = self._own_state()
                 checkpoints.save_state(folder, numbers, tensors)
-                self._name_best(path)
                 self._save_trainer_state(folder)
         if main:
             checkpoints.prune(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -314,10 +380,12 @@ class AlignTrainer(Trainer):
         self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
 
     def _own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A collective: what is summed on the ranks is saved as one."""
+        mean_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
         tensors = {f"method.{name}": value for name, value in self.method_state.items()}
         numbers: dict[str, Any] = {
-            "meter": self.meter.state_dict(),
-            "loss_since_log": float(self._tr_loss),
+            "meter": self.meter.reduced(self.world),
+            "loss_since_log": float(mean_loss),
             "loss_total": float(self._total_loss_scalar),
             "last_logged_step": self._globalstep_last_logged,
             "rejected": self.data.state_dict(),
@@ -332,12 +400,18 @@ class AlignTrainer(Trainer):
         """What `_save_checkpoint` wrote beyond Trainer's own; called when training begins after a resume."""
         numbers, tensors = checkpoints.load_state(folder)
         self.method_state = _under("method.", tensors)
-        self.meter.load_state_dict(numbers["meter"])
+        self.meter.load_state_dict(numbers["meter"] if self.rank == 0 else {})
         self._tr_loss.fill_(numbers["loss_since_log"])
         self._total_loss_scalar = numbers["loss_total"]
         self._globalstep_last_logged = numbers["last_logged_step"]
         self.data.load_state_dict(numbers["rejected"])
-        if "reference_steps" in numbers and hasattr(self.column, "load_state_dict"):
+        held = self.state.stateful_callbacks.get("Patience")
+        for callback in self.callback_handler.callbacks:
+            if held and isinstance(callback, Patience):
+                counter = held["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = counter
+        if "reference_steps" in numbers:
+            self.engine_for(self.model_wrapped)  # builds the column, which is made at the first step otherwise
             held = {"steps": numbers["reference_steps"], "weights": _under("reference.", tensors)}
             self.column.load_state_dict(held)  # type: ignore[union-attr]
 

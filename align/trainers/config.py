@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,32 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "truncation": ("drop", "cut_prompt", "cut_completion"),
 }
 _POSITIVE = ("global_batch_size", "max_length", "ema_every")
+INERT = {
+    "per_device_train_batch_size": "set `global_batch_size`; micro-batches are cut by `tokens_per_micro_batch`",
+    "per_device_eval_batch_size": "evaluation takes the batches of training",
+    "auto_find_batch_size": "memory is bounded by `tokens_per_micro_batch`",
+    "load_best_model_at_end": "set `best_metric`: the best checkpoint is what the run leaves",
+    "label_smoothing_factor": "choose a method with label smoothing",
+    "neftune_noise_alpha": "remove it",
+    "dataloader_drop_last": "the last batch of an epoch is trained on, with its own counts",
+    "save_only_model": "checkpoints resume exactly; the weights alone are in their `policy` folder",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint at the end of the step",
+    "include_num_input_tokens_seen": "remove it",
+    "torch_empty_cache_steps": "remove it",
+    "train_sampling_strategy": "set `shuffle`",
+    "data_seed": "set `seed`",
+    "use_liger_kernel": "remove it",
+    "torch_compile": "remove it",
+    "fp16_full_eval": "set `dtype`",
+    "bf16_full_eval": "set `dtype`",
+    "push_to_hub": "upload the `policy` folder of the finished run",
+    "hub_model_id": "upload the `policy` folder of the finished run",
+    "batch_eval_metrics": "remove it",
+    "prediction_loss_only": "remove it",
+    "eval_accumulation_steps": "remove it",
+    "parallelism_config": "shard with DeepSpeed ZeRO",
+}
+"""Fields of `transformers.TrainingArguments` that are refused where they differ from their default -> what to do."""
 
 
 def launched() -> int:
@@ -89,12 +115,32 @@ class AlignConfig(TrainingArguments):
         self.learning_rate = 0.0 if given is None else given
         super().__post_init__()
         self.learning_rate = given
+        # Several GPUs without a launcher: Trainer would wrap nn.DataParallel, which cannot split a packed batch.
+        self._n_gpu = min(self.n_gpu, 1)
         if self.world_size != launched():
             raise ConfigError(
                 f"{launched()} processes were launched, and this one sees {self.world_size}",
                 why="they would train apart and write the same files",
                 mend="start them with torchrun or accelerate, on devices of one kind",
             )
+
+    def _refuse_inert(self) -> None:
+        """Options of Trainer that the packed step does not have, and ours that another option makes void."""
+        defaults = {field.name: field.default for field in fields(TrainingArguments)}
+        for name, instead in INERT.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ConfigError(f"`{name}` has no effect here", mend=instead)
+        void = {
+            "ema_decay": self.reference != "ema",
+            "ema_every": self.reference != "ema",
+            "reference_cache": self.reference != "cached",
+            "patience": self.best_metric is None,
+            "value_max_grad_norm": self.max_grad_norm <= 0,
+        }
+        own = {field.name: field.default for field in fields(AlignConfig)}
+        for name, unused in void.items():
+            if unused and getattr(self, name) != own[name]:
+                raise ConfigError(f"`{name}` is set, and nothing uses it", mend="remove it, or set what it belongs to")
 
     def _refuse(self) -> None:
         for name, choices in _CHOICES.items():
@@ -115,8 +161,11 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"`max_bad_fraction` is {self.max_bad_fraction}", mend="use a number from 0 to 1")
         if not 0 < self.ema_decay <= 1:
             raise ConfigError(f"`ema_decay` is {self.ema_decay}", mend="use a number > 0 and <= 1")
-        if self.patience is not None and self.best_metric is None:
-            raise ConfigError("`patience` without `best_metric`", mend="name the metric to be patient about")
+        self._refuse_inert()
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"`patience` is {self.patience}", mend="use a whole number >= 1")
+        if self.eval_every is not None and self.eval_every <= 0:
+            raise ConfigError(f"`eval_every` is {self.eval_every}", mend="use steps (>= 1) or a share of the run (< 1)")
         if (
             self.best_metric is not None
             and self.eval_every is None
@@ -125,9 +174,19 @@ class AlignConfig(TrainingArguments):
             raise ConfigError("`best_metric` without evaluations", mend="set `eval_every`")
 
 
-HIGHER_IS_BETTER = ("accuracy", "rewards/accuracies", "rewards/margins", "win_rate", "reward")
 ALIASES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 """Short names of metrics that recipes may use."""
+_HIGHER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps", "logps/", "logps_per_token")
+_LOWER = (
+    "loss",
+    "terms/",
+    "kl",
+    "length",
+    "displacement",
+    "rewards/rejected",
+    "logps/rejected",
+    "logps_per_token/rejected",
+)
 
 
 def metric_name(short: str) -> str:
@@ -137,8 +196,20 @@ def metric_name(short: str) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
+    """The direction of a metric.
+
+    Raises:
+        ConfigError: it is not plain from the name.
+    """
     plain = metric_name(metric)
-    return plain in {metric_name(name) for name in HIGHER_IS_BETTER}
+    if plain.startswith(_LOWER):
+        return False
+    if plain.startswith(_HIGHER):
+        return True
+    raise ConfigError(
+        f"`best_metric` is `{metric}`, and whether higher is better is not known",
+        mend="use one of accuracy, margin, loss, kl, or set `greater_is_better`",
+    )
 
 
 LEARNING_RATES = {

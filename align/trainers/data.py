@@ -124,7 +124,11 @@ class RunData:
     def dummy(self) -> TokenGroup:
         """Any group seen so far; a step without rows runs it times zero, so that ranks stay together."""
         if self._group is None:
-            raise DataError("the first step has no usable row", mend="look at rejected.jsonl in the output folder")
+            dataset = self.train.dataset
+            items = (dataset[row] for row in range(len(dataset)))
+            self._group = next((item for item in items if not isinstance(item, Hole)), None)
+        if self._group is None:
+            raise DataError("no row is usable", mend="look at rejected.jsonl in the output folder")
         return self._group
 
     def describe(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def evaluate_batches(
             groups = engine.ready(batch.groups, seed)
             if groups:
                 terms |= _evaluate(engine, engine.share(groups), meter, state, seed)
-    means = meter.drain(engine.device, engine.world)
+    means = meter.drain(engine.world)
     parts = {name: means.pop(f"term:{name}") for name in sorted(terms) if f"term:{name}" in means}
     if parts:
         means["loss"] = sum(parts.values())

@@ -52,6 +52,7 @@ class SignalGuard:
 
     def __init__(self) -> None:
         self.asked = False
+        self.agreed = False
         self._previous: Any = None
 
     def __enter__(self) -> SignalGuard:
@@ -77,6 +78,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._anyone_asked():
             logger.warning("SIGTERM: saving a checkpoint at step %d and stopping", state.global_step)
+            self.guard.agreed = True
             control.should_save = control.should_training_stop = True
         return control
 

@@ -68,8 +68,22 @@ def _check_folder(name: str) -> None:
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A second copy in evaluation mode without gradients."""
-    twin = copy.deepcopy(model).to(dtype)
-    return freeze(twin)
+    return freeze(frozen_weights(copy.deepcopy(model), dtype))
+
+
+def frozen_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Linear layers' matrices in `dtype`, the rest as it is: what autocast makes of float32 weights, bit for bit.
+
+    Embeddings and norms stay float32, since autocast leaves the residual stream of a float32 policy in float32; in
+    half precision they would put a reference 0.01 nats a token away from the policy that it is a copy of.
+    """
+    if dtype == torch.float32:
+        return model
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in shared and not hasattr(module.weight, "ds_id"):
+            module.weight.data = module.weight.data.to(dtype)
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -85,10 +99,11 @@ def disable_dropout(model: nn.Module) -> None:
     for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "classifier_dropout"):
         if config is not None and getattr(config, key, None):
             setattr(config, key, 0.0)
-    for module in model.modules():
-        # Attention classes copy the rate at construction.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        # Many classes copy a rate at construction and pass it to a function.
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and "lora_" not in name and key.endswith(("dropout", "layerdrop", "_pdrop")):
+                setattr(module, key, 0.0)
 
 
 def trainable_in_float32(model: nn.Module) -> None:

@@ -96,16 +96,19 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         self.sums = {name: list(pair) for name, pair in state.items()}
 
-    def drain(self, device: torch.device, world: int) -> dict[str, float]:
-        """Means over all ranks, and an empty meter. A collective where `world` > 1: every rank must call it."""
+    def reduced(self, world: int) -> dict[str, list[float]]:
+        """`state_dict` summed over ranks. A collective where `world` > 1."""
         held = self.state_dict()
+        return _reduce(held, world) if world > 1 else held
+
+    def drain(self, world: int) -> dict[str, float]:
+        """Means over all ranks, and an empty meter. A collective where `world` > 1: every rank must call it."""
+        held = self.reduced(world)
         self.sums = {}
-        if world > 1:
-            held = _reduce(held, device, world)
         return {name: total / count for name, (total, count) in sorted(held.items()) if count}
 
 
-def _reduce(held: Mapping[str, list[float]], device: torch.device, world: int) -> dict[str, list[float]]:
+def _reduce(held: Mapping[str, list[float]], world: int) -> dict[str, list[float]]:
     # Ranks may hold different names (a share without any undesirable completion), so names travel with the numbers.
     gathered: list[dict[str, list[float]]] = [{}] * world
     torch.distributed.all_gather_object(gathered, dict(held))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from align.core.errors import ConfigError, ModelError
 from align.methods import METHODS
@@ -58,18 +59,21 @@ class PreferenceTrainer(AlignTrainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = AlignConfig(output_dir="runs/align") if args is None else args
+        args = AlignConfig(output_dir="runs/align") if args is None else copy.copy(args)
         chosen = resolve_method(method)
         if train_dataset is None:
             raise ConfigError("there is no training data", mend="give train_dataset")
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or ""
+        set_seed(args.seed)  # an adapter is drawn before Trainer seeds
         tokenizer = processing_class or load_tokenizer(name, args.trust_remote_code)
         if args.learning_rate is None:
-            args.learning_rate = default_learning_rate(chosen.id, peft_config is not None)
+            adapter = peft_config is not None or hasattr(model, "peft_config")
+            args.learning_rate = default_learning_rate(chosen.id, adapter)
         for caution in chosen.cautions():
             logger.warning("%s", caution)
         data = RunData.prepare(train_dataset, eval_dataset, tokenizer, chosen, args)
         roles: dict[str, nn.Module] = {}
+        _refuse_value_options(chosen, args)
         if VALUE in chosen.requires():
             roles[VALUE] = _value(model, args)
         policy = roles["policy"] = _policy(model, args, peft_config)
@@ -139,6 +143,14 @@ def _policy(model: str | nn.Module, args: AlignConfig, peft_config: Any) -> nn.M
     trainable_in_float32(policy)
     policy.config.use_cache = False
     return policy
+
+
+def _refuse_value_options(method: Method, args: AlignConfig) -> None:
+    given = [name for name in ("value_learning_rate", "value_max_grad_norm") if getattr(args, name) is not None]
+    if given and VALUE not in method.requires():
+        raise ConfigError(f"`{given[0]}` is set, and method `{method.id}` has no value role", mend="remove it")
+    if "value_max_grad_norm" in given and args.deepspeed_plugin is not None:
+        raise ConfigError("`value_max_grad_norm` under DeepSpeed, which clips all roles as one", mend="remove it")
 
 
 def _value(model: str | nn.Module, args: AlignConfig) -> nn.Module:

@@ -29,7 +29,7 @@ from align.reference import (
 from align.scoring.assemble import columns_needed
 from align.scoring.backends import Backend, prepare
 from align.trainers.config import AlignConfig
-from align.trainers.loading import DTYPES, freeze, frozen_copy, load_model
+from align.trainers.loading import DTYPES, freeze, frozen_copy, frozen_weights, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def choose(method: Method, args: AlignConfig, policy: nn.Module, name: str | Non
     if not kind:
         kind = "adapter_off" if adapter and not needed.live_reference and args.reference_model is None else "frozen"
     if kind == "adapter_off":
+        _refuse_moving_base(policy)
         return Reference(kind, None, args.reference == "cached", _adapter_is_zero(policy), name)
     source = args.reference_model or name
     return Reference(
@@ -107,13 +108,26 @@ def _second_model(args: AlignConfig, policy: nn.Module, source: str | None, kind
     # An EMA of a small weight would not move in bfloat16.
     dtype = torch.float32 if kind == "ema" else DTYPES[args.dtype]
     if source is not None:
-        return freeze(load_model(source, dtype, args.trust_remote_code))
+        return freeze(frozen_weights(load_model(source, torch.float32, args.trust_remote_code), dtype))
     if hasattr(policy, "peft_config"):
         raise ConfigError(
             "a frozen reference beside an adapter needs a model that can be loaded again",
             mend="give `model` as a folder or hub id, or use reference `adapter_off`",
         )
     return frozen_copy(policy, dtype)
+
+
+def _refuse_moving_base(policy: Any) -> None:
+    """With the adapter off, what it left in the base remains: trained biases, or weights that PiSSA took apart."""
+    for config in policy.peft_config.values():
+        start = getattr(config, "init_lora_weights", True)
+        bias = getattr(config, "bias", "none") != "none"
+        if bias or (isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq")):
+            raise ConfigError(
+                "with this adapter switched off the model is not the base model",
+                why="`bias` trains the base's own biases" if bias else f"`init_lora_weights: {start}` changes the base",
+                mend="use reference `frozen`",
+            )
 
 
 def _adapter_is_zero(policy: Any) -> bool:
@@ -140,6 +154,12 @@ def build_column(
         reference.model.to(accelerator.device)
         prepare(reference.model, backend.name, probe=False)
         model = _sharded_like(reference.model, accelerator)
+        if reference.kind == "ema" and model is not reference.model:
+            raise ConfigError(
+                "reference `ema` under ZeRO-3",
+                why="each rank would save a shard of it, and one rank's would be kept",
+                mend="use ZeRO-2 or plain data parallelism",
+            )
         column = Ema(model, args.ema_decay, args.ema_every) if reference.kind == "ema" else Frozen(model)
     if not reference.cached:
         return column
