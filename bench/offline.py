@@ -10,7 +10,8 @@ dtype (float32), learning rate and optimiser; two threads; no gradient checkpoin
     trl     DPOTrainer with a frozen second copy
     trl_precompute  DPOTrainer with `precompute_ref_log_probs` (with `--reference cached` only)
 
-The first 16 pairs (at least one step) warm up, the next 64 are timed; `--warm` and `--timed` change that. The result is written as JSON.
+The first 16 pairs (at least one step) warm up, the next 64 are timed; `--warm` and `--timed` change that. The result is
+written as JSON.
 """
 
 from __future__ import annotations
