@@ -67,7 +67,7 @@ def our_trainer(setting: Setting, clock: Any) -> Any:
         dtype=setting.get("dtype", "float32"),
         tokens_per_micro_batch=setting.get("budget"),
         reference=setting["reference"],
-        reference_cache=setting["cache"],
+        reference_cache=setting["cache"] if setting["reference"] == "cached" else None,
         resume="never",
         disable_tqdm=True,
         **_shared(setting),

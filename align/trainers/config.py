@@ -133,7 +133,6 @@ class AlignConfig(TrainingArguments):
         void = {
             "ema_decay": self.reference != "ema",
             "ema_every": self.reference != "ema",
-            "reference_cache": self.reference != "cached",
             "patience": self.best_metric is None,
             "value_max_grad_norm": self.max_grad_norm <= 0,
         }

@@ -85,6 +85,10 @@ def choose(method: Method, args: AlignConfig, policy: nn.Module, name: str | Non
 
 
 def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> None:
+    if args.reference_cache is not None and args.reference != "cached":
+        raise ConfigError(
+            f"`reference_cache` with reference `{args.reference}`", mend="use reference `cached`, or remove it"
+        )
     if args.reference == "adapter_off" and not adapter:
         raise ConfigError(
             "reference `adapter_off` without an adapter", mend="add `peft` to the model, or use reference `frozen`"

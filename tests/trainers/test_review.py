@@ -213,7 +213,6 @@ def test_an_argument_without_effect_is_refused(name, tmp_path):
     [
         {"ema_decay": 0.5},
         {"ema_every": 3},
-        {"reference_cache": "x"},
         {"value_max_grad_norm": 1.0, "max_grad_norm": 0.0},
         {"eval_every": 0},
         {"patience": 0, "best_metric": "loss", "eval_every": 1},
@@ -222,6 +221,11 @@ def test_an_argument_without_effect_is_refused(name, tmp_path):
 def test_an_option_that_nothing_uses_is_refused(change, tmp_path):
     with pytest.raises(ConfigError, match=next(iter(change))):
         AlignConfig(output_dir=str(tmp_path), use_cpu=True, **change)
+
+
+def test_a_cache_that_nothing_reads_is_refused(model, rows, tmp_path):
+    with pytest.raises(ConfigError, match="reference_cache"):
+        PreferenceTrainer(model, "dpo", arguments(tmp_path, reference_cache="x"), rows)
 
 
 def test_a_value_option_without_a_value_role_is_refused(model, rows, tmp_path):

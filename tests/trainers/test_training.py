@@ -105,7 +105,8 @@ def test_adapter_off_is_a_frozen_copy_of_the_base(model, rows, tmp_path):
     curves = []
     for kind in ("adapter_off", "frozen", "cached"):
         torch.manual_seed(0)
-        args = arguments(tmp_path / kind, reference=kind, reference_cache=str(tmp_path / "cache"), shuffle=False)
+        cache = {"reference_cache": str(tmp_path / "cache")} if kind == "cached" else {}
+        args = arguments(tmp_path / kind, reference=kind, shuffle=False, **cache)
         config = LoraConfig(r=4, target_modules="all-linear")
         trainer = PreferenceTrainer(model, "dpo", args, rows, peft_config=config)
         trainer.train()
