@@ -211,7 +211,7 @@ class AlignTrainer(Trainer):
     def _step(self, engine: Engine, groups: list[TokenGroup], seed: int) -> StepResult:
         """The step; where memory runs out, again with half the budget. Numbers do not depend on the budget."""
         while True:
-            held = self.meter.state_dict()
+            held = self.meter.copy()
             try:
                 return PackedStep(engine, self.accelerator, self.meter).run(groups, self.method_state, seed)
             except torch.OutOfMemoryError as error:
@@ -226,7 +226,7 @@ class AlignTrainer(Trainer):
                     ) from error
             engine.budget = max(engine.budget // 2, smallest)
             logger.warning("out of memory: going on with %d tokens a micro-batch", engine.budget)
-            self.meter.load_state_dict(held)
+            self.meter.sums = held
             self.model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -179,7 +179,6 @@ _HIGHER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps", "
 _LOWER = (
     "loss",
     "terms/",
-    "kl",
     "length",
     "displacement",
     "rewards/rejected",
@@ -207,7 +206,7 @@ def higher_is_better(metric: str) -> bool:
         return True
     raise ConfigError(
         f"`best_metric` is `{metric}`, and whether higher is better is not known",
-        mend="use one of accuracy, margin, loss, kl, or set `greater_is_better`",
+        mend="use one of accuracy, margin, loss, or set `greater_is_better`",
     )
 
 

@@ -69,7 +69,7 @@ def _completions(completions: Completions, suffix: str) -> Measured:
         f"length{suffix}": (completions.length.sum(), count),
     }
     if "ref_logp" in completions.columns and not suffix:
-        measured["kl"] = (completions.sum_log_ratio.sum(), count)
+        measured["log_ratio"] = (completions.sum_log_ratio.sum(), count)
     return measured
 
 
@@ -89,6 +89,10 @@ class Meter:
         """Each term of a loss of several, as its own mean."""
         if len(terms) > 1:
             self.add({f"terms/{name}": (t.scale * t.values.sum(), terms.counts[name]) for name, t in terms.items()})
+
+    def copy(self) -> dict[str, list[float | Tensor]]:
+        """`sums` as they stand, without waiting for the device."""
+        return {name: list(pair) for name, pair in self.sums.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
         return {name: [float(total), float(count)] for name, (total, count) in self.sums.items()}

@@ -235,7 +235,7 @@ def test_a_value_option_without_a_value_role_is_refused(model, rows, tmp_path):
 
 def test_directions_of_metrics():
     assert higher_is_better("accuracy") and higher_is_better("rewards/chosen") and higher_is_better("eval_logps/chosen")
-    assert not higher_is_better("loss") and not higher_is_better("logps/rejected") and not higher_is_better("kl")
+    assert not higher_is_better("loss") and not higher_is_better("logps/rejected")
     with pytest.raises(ConfigError, match="my_metric"):
         higher_is_better("my_metric")
 
