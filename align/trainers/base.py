@@ -30,6 +30,7 @@ from align.trainers.data import RunData
 from align.trainers.engine import Engine
 from align.trainers.evaluation import evaluate_batches
 from align.trainers.guards import SignalGuard, StopOnSignal, check_deepspeed, check_step_zero
+from align.trainers.loading import first_line
 from align.trainers.metrics import Meter
 from align.trainers.roles import RoleModule
 from align.trainers.step import PackedStep, StepResult
@@ -196,7 +197,7 @@ class AlignTrainer(Trainer):
         model.train()
         engine = self.engine_for(model)
         seed = derive(self.args.seed, "step", self.state.global_step)
-        self.data.note(inputs, main=self.rank == 0)
+        self.data.note(inputs)
         groups = engine.ready(inputs.groups, seed)
         if not groups:
             logger.warning("step %d has no usable row, so no gradient", self.state.global_step)
@@ -220,7 +221,7 @@ class AlignTrainer(Trainer):
                 if self.world > 1 or engine.budget <= smallest:
                     raise TrainingError(
                         f"out of memory at {engine.budget} tokens a micro-batch",
-                        why=_first_line(error),
+                        why=first_line(error),
                         mend=f"set `tokens_per_micro_batch` to {max(smallest, engine.budget // 2)} or less, use "
                         "gradient_checkpointing, or shard the model",
                     ) from error
@@ -427,10 +428,6 @@ class AlignTrainer(Trainer):
         if self.args.should_save:
             roles = self.accelerator.unwrap_model(self.model)
             checkpoints.save_roles(roles, folder, state, self.tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

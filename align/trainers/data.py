@@ -109,7 +109,7 @@ class RunData:
             sides.append(_side(evaluation, tokenise, RejectedLog(None, args.max_bad_fraction)))
         return cls(sides[0], sides[1] if len(sides) > 1 else None)
 
-    def note(self, batch: GlobalBatch, main: bool) -> None:
+    def note(self, batch: GlobalBatch) -> None:
         """Count a step's rows; every rank counts the same, so every rank stops at the same step.
 
         Raises:

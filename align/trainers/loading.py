@@ -20,7 +20,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError("the tokenizer cannot be loaded", where=name, why=_first_line(error)) from error
+        raise ModelError("the tokenizer cannot be loaded", where=name, why=first_line(error)) from error
 
 
 def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -37,7 +37,7 @@ def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError("the model cannot be loaded", where=name, why=_first_line(error), mend=_mend(error)) from error
+        raise ModelError("the model cannot be loaded", where=name, why=first_line(error), mend=_mend(error)) from error
 
 
 def refuse_config(config: Any, name: str) -> None:
@@ -113,7 +113,8 @@ def trainable_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of another library's message, which may run over many lines."""
     return str(error).strip().split("\n", 1)[0]
 
 
