@@ -14,11 +14,9 @@ import yaml
 _TRAIN_ROWS, _HELD_OUT_ROWS, _SEED = 640, 128, 0
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="make a tiny model and data, train DPO on the CPU, show what changed")
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder to make; the default is the next free runs/demo-N")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps (default 40)")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

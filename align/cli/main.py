@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 import align
-from align.cli import demo, methods, train
 from align.core.errors import AlignError
 
-_COMMANDS = (train, methods, demo)
+COMMANDS = {
+    "train": "train what a recipe says",
+    "check": "everything but training: recipe, data, step zero, memory",
+    "data": "look at preference data: what is kept, dropped, biased",
+    "methods": "list the methods, their papers and options",
+    "recipes": "list, show, copy or import recipes",
+    "generate": "sample completions from a model or adapter",
+    "chat": "talk to a model, before and after side by side",
+    "evaluate": "win rate, gold reward and KL, with intervals",
+    "merge": "merge an adapter into a plain model folder",
+    "test": "run the battery on a method, of ours or yours",
+    "demo": "align a small model on this machine, in minutes",
+}
+"""Name -> what it does. `align.cli.NAME` has `configure(parser)` and `run(options)`; only the chosen is imported."""
 _WAIT = 15.0
 """Seconds that a rank leaves rank 0 to report an error that both have."""
+_EXAMPLES = """examples:
+  align demo                                        the whole way on made-up data
+  align recipes copy dpo my.yaml                    a recipe to start from
+  align check my.yaml                               what would be trained on, in seconds
+  align train my.yaml train.learning_rate=5e-7      train; the same command resumes
+  align evaluate runs/my/policy --against MODEL --data held_out.jsonl
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, 2 for an error of ours, 130 when interrupted."""
+    """Run a command; return its exit code: 0, 1 for a threshold that was crossed, 2 for an error of ours, 130 when
+    interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    options = parser().parse_args([word for word in words if word != "--debug"])
+    words = [word for word in words if word != "--debug"]
+    options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
     if os.getcwd() not in sys.path:  # `my_file:MyMethod` in the working folder, for the installed script too
         sys.path.append(os.getcwd())
     try:
@@ -35,16 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return 130
+    except BrokenPipeError:  # `align methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each adds its own."""
-    top = argparse.ArgumentParser(prog="align", description=align.__doc__)
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; the chosen one has its options."""
+    top = argparse.ArgumentParser(
+        prog="align",
+        description=align.__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"align {align.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error (anywhere on the line)")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add(commands)
+    for name, says in COMMANDS.items():
+        below = commands.add_parser(name, help=says, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            module = importlib.import_module(f"align.cli.{name}")
+            module.configure(below)
+            below.set_defaults(command=module.run)
     return top
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import Any
 
 from align.core.registry import METHODS
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("methods", help="list the methods, their papers and options")
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print for machines")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

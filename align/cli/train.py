@@ -6,24 +6,25 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from align.recipe import schema
 
 _LAUNCHER_MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+_EXAMPLES = """examples:
+  align train my.yaml
+  align train my.yaml train.learning_rate=5e-7 --train.seed 7
+  accelerate launch -m align train my.yaml --train.seed 7
+The same command resumes a run that was stopped.
+"""
 _STOPPED = 143
 """The exit code of a process that SIGTERM ended."""
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train what a recipe says",
-        description="Overrides follow the recipe: train.learning_rate=1e-6, or --train.learning_rate 1e-6.",
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Overrides follow the recipe: train.learning_rate=1e-6, or --train.learning_rate 1e-6."
+    parser.epilog = _EXAMPLES
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs=argparse.REMAINDER, help="options to replace")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,0 +1,5 @@
+"""Prefixes -> completions."""
+
+from align.sampling.base import Rollout, Sampler, SamplingParams
+
+__all__ = ["Rollout", "Sampler", "SamplingParams"]
