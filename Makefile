@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install check test test-slow demo bench
+.PHONY: install check test test-slow demo bench docs
 
 install: $(STAMP)
 
@@ -34,3 +34,6 @@ demo: install
 
 bench: install
 	$(BIN)/python -m bench.offline
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

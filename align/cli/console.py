@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +54,41 @@ def note(text: str) -> None:
     from rich.text import Text
 
     console(stderr=True).print(Text(text))
+
+
+def set_up_logging(quiet: bool = False) -> None:
+    """What this package logs becomes notes on stderr, of rank 0 only below warnings; libraries keep to warnings.
+
+    `quiet`: warnings only, where a command tells its own story.
+
+    Libraries' own progress bars (shards written, weights loaded) go: they count things that nobody waits for.
+    """
+    log = logging.getLogger("align")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes())
+    first = os.environ.get("RANK", "0") == "0"
+    log.setLevel(logging.INFO if first and not quiet else logging.WARNING)
+    # Said at import on every machine without a GPU, and of no use to anybody who trains on one.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not _has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class _Notes(logging.Handler):
+    """Log records as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        note(prefix + record.getMessage())
 
 
 @contextmanager

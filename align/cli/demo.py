@@ -1,42 +1,56 @@
-"""`align demo`: the whole way on a laptop in under a minute, with a model and data made on the spot."""
+"""`align demo`: from nothing to aligned models in minutes, on a world whose reward is known."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
+from align.cli.console import duration, note, print_json, print_table, progress, set_up_logging
+from align.core.errors import ConfigError, suggestion
 
-_TRAIN_ROWS, _HELD_OUT_ROWS, _SEED = 640, 128, 0
+_DESCRIPTION = """Train a small language model from nothing on the demonstrations of a small world, sample completions,
+build preference pairs from the gold preference, align the model by several methods, and show what changed."""
+_EXAMPLES = """examples:
+  align demo
+  align demo --seed 7 --methods dpo kto
+  align demo --world noisy --output runs/noisy
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument("--output", type=Path, help="folder to make; the default is the next free runs/demo-N")
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of model, data and training (0)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="dpo, simpo, kto, dpo-lora (all)")
+    parser.add_argument("--world", default="style", help="style (the default), or noisy: annotators who err")
+    parser.add_argument("--prompts", type=int, default=768, help="training prompts, a pair of answers each (768)")
+    parser.add_argument("--json", action="store_true", help="print for machines")
 
 
 def run(options: argparse.Namespace) -> int:
-    from align.recipe.run import run as train
-    from align.recipe.schema import load
-    from align.testing.tiny import random_pairs
-
-    folder = options.output or next_free(Path("runs"))
-    held_out = random_pairs(_HELD_OUT_ROWS, seed=_SEED + 1)
-    recipe = load(prepare(folder, random_pairs(_TRAIN_ROWS, seed=_SEED), held_out, options.steps))
-    before = accuracy(folder / "model", held_out)
     started = time.monotonic()
-    output = train(recipe)
+    set_up_logging(quiet=True)
+    from align.cli import demo_page
+    from align.cli.demo_steps import METHODS, Demo
+    from align.worlds import WORLDS
+
+    world = WORLDS.get(options.world)()
+    for name in options.methods or ():
+        if name not in METHODS:
+            raise ConfigError(f"the demo has no method `{name}`", mend=suggestion(name, METHODS))
+    folder = options.output or next_free(Path("runs"))
+    demo = Demo(world, folder, options.seed, options.prompts, progress, note)
+    made, outcomes = demo.run(tuple(options.methods or METHODS))
+    rows = [demo_page.measures(outcome) for outcome in outcomes]
+    page = demo_page.write(folder, made, outcomes, rows, demo.data_report(made))
     seconds = time.monotonic() - started
-    after = accuracy(output / "policy", held_out)
-    print(
-        f"a random model of the Llama family, {_TRAIN_ROWS} made-up pairs, DPO, {options.steps} steps, {seconds:.0f} s"
-    )
-    print(f"held-out pairs whose chosen answer is the likelier one per token: {before:.0%} before, {after:.0%} after")
-    print(f"the run is in {output}; its recipe is {folder / 'recipe.yaml'}")
+    if options.json:
+        print_json({"methods": rows, "pairs": made.counts, "seconds": seconds, "page": str(page)})
+        return 0
+    print_table(demo_page.COLUMNS, [demo_page.cells(row) for row in rows])
+    print(demo_page.verdict(rows).text)
+    print(f"{duration(seconds)}; the models are in {folder}; the page with curves and answers: {page}")
     return 0
 
 
@@ -46,61 +60,3 @@ def next_free(parent: Path) -> Path:
     while (parent / f"demo-{number}").exists():
         number += 1
     return parent / f"demo-{number}"
-
-
-def prepare(
-    folder: Path, train: Iterable[Mapping[str, str]], held_out: Iterable[Mapping[str, str]], steps: int
-) -> Path:
-    """Write model, data and recipe; return the recipe's path."""
-    from align.testing.tiny import save_tiny
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tiny(folder / "model", "llama", seed=_SEED)
-    for name, rows in (("train", train), ("held_out", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = {
-        "model": {"name": str(folder / "model")},
-        "method": {"name": "dpo", "beta": 0.1},
-        "data": {
-            "train": [str(folder / "train.jsonl")],
-            "eval": [str(folder / "held_out.jsonl")],
-            "max_length": 256,
-        },
-        "train": {
-            "output_dir": str(folder / "run"),
-            "learning_rate": 3e-3,
-            "global_batch_size": 16,
-            "max_steps": steps,
-            "logging_steps": 10,
-        },
-        "eval": {"every": 0.5},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def accuracy(model_folder: Path, rows: Iterable[Mapping[str, str]]) -> float:
-    """Share of pairs whose chosen answer has the higher mean log-probability per token, with plain transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    wins = [
-        mean_logp(model, tokenizer, row["prompt"], row["chosen"])
-        > mean_logp(model, tokenizer, row["prompt"], row["rejected"])
-        for row in rows
-    ]
-    return sum(wins) / len(wins)
-
-
-def mean_logp(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """Mean log-probability of an answer's tokens after a prompt, the end token included."""
-    import torch
-
-    start = tokenizer(prompt)["input_ids"]
-    end = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    with torch.no_grad():
-        logits = model(torch.tensor([start + end])).logits[0, len(start) - 1 : -1]
-    chosen = torch.log_softmax(logits.double(), -1).gather(-1, torch.tensor(end)[:, None])
-    return float(chosen.mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ _WAIT = 15.0
 """Seconds that a rank leaves rank 0 to report an error that both have."""
 _EXAMPLES = """examples:
   align demo                                        the whole way on made-up data
-  align recipes copy dpo my.yaml                    a recipe to start from
+  align recipes copy mistral-7b/dpo my.yaml         a recipe to start from
   align check my.yaml                               what would be trained on, in seconds
   align train my.yaml train.learning_rate=5e-7      train; the same command resumes
   align evaluate runs/my/policy --against MODEL --data held_out.jsonl
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Where it is installed, peft imports it, and on some CPUs it then advises a package that fetches kernels.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)

@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import sys
 
-from align.core.registry import METHODS
+from align.cli.console import print_json
+from align.core.registry import METHODS, WORLDS, Entry, Registry
+
+_REGISTRIES: tuple[Registry, ...] = (METHODS, WORLDS)
+_EXAMPLES = """examples:
+  align methods
+  align methods dpo kto
+  align methods --kind world --json
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a recipe's `method.name` may be, with papers, the data each reads, and options."
+    parser.epilog = _EXAMPLES
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    parser.add_argument("--kind", choices=[one.kind for one in _REGISTRIES], help="only things of one kind")
     parser.add_argument("--json", action="store_true", help="print for machines")
 
 
 def run(options: argparse.Namespace) -> int:
-    entries = METHODS.entries().values()
+    chosen = [one for one in _REGISTRIES if options.kind in (None, one.kind)]
+    found = [(one.kind, entry) for one in chosen for entry in one.entries().values()]
+    if options.names:
+        known = {entry.id for _, entry in found}
+        for name in options.names:
+            if name not in known:
+                raise chosen[0].unknown(name, "command line")
+        found = [(kind, entry) for kind, entry in found if entry.id in options.names]
     if options.json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+        print_json([{"kind": kind, **dataclasses.asdict(entry)} for kind, entry in found])
         return 0
-    for entry in entries:
-        paper = f"arXiv {entry.paper}" if entry.paper else ""
-        print(f"{entry.id:<10}{entry.view:<16}{paper}".rstrip())
-        print(f"    {entry.summary}")
-        if entry.options:
-            print("    " + "  ".join(f"{name}={value}" for name, value in entry.options.items()))
+    for registry in chosen:
+        below = [entry for kind, entry in found if kind == registry.kind]
+        if below:
+            print(_bold(f"{registry.kind}s"))
+            for entry in below:
+                _show(entry)
     return 0
+
+
+def _show(entry: Entry) -> None:
+    paper = f"arXiv {entry.paper}" if entry.paper else ""
+    print(f"{entry.id:<10}{entry.view:<16}{paper}".rstrip())
+    print(f"    {entry.summary}")
+    if entry.options:
+        print("    " + "  ".join(f"{name}={value}" for name, value in entry.options.items()))
+
+
+def _bold(text: str) -> str:
+    """Without rich, whose import would be most of the time this command takes."""
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text

@@ -6,8 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from align.cli.console import note, print_json, progress, set_up_logging
+from align.core.errors import AlignError
 from align.recipe import schema
+from align.recipe.sections import Recipe
 
 _LAUNCHER_MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 _EXAMPLES = """examples:
@@ -24,11 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Overrides follow the recipe: train.learning_rate=1e-6, or --train.learning_rate 1e-6."
     parser.epilog = _EXAMPLES
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("--json", action="store_true", help="before RECIPE: print where things are, for machines")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs=argparse.REMAINDER, help="options to replace")
 
 
 def run(options: argparse.Namespace) -> int:
-    recipe = schema.load(options.recipe, options.overrides)
+    recipe, given = schema.read(options.recipe, options.overrides)
     if not launched(os.environ):
         devices = visible_devices()
         if devices > 1:
@@ -36,12 +42,56 @@ def run(options: argparse.Namespace) -> int:
             os.execv(command[0], command)
     from align.recipe.run import prepare
 
+    set_up_logging()
     trainer = prepare(recipe)
-    trainer.train()
+    if os.environ.get("RANK", "0") == "0":
+        _advise(recipe, given, trainer)
+    shown = _progress(trainer)
+    try:
+        trainer.train()
+    finally:
+        shown.close()
     stopped = trainer.stopped_by_signal
     if os.environ.get("RANK", "0") == "0":
-        print("stopped by a signal; the same command resumes" if stopped else f"done: {recipe.train.output_dir}")
+        if stopped:
+            note("stopped by a signal; the same command resumes")
+        else:
+            _finish(recipe, options.json)
     return _STOPPED if stopped else 0
+
+
+def _advise(recipe: Recipe, given: Mapping[str, str], trainer: Any) -> None:
+    """Warnings, each once; they stop nothing."""
+    from align.recipe.advice import advise, facts_of
+
+    facts = facts_of(trainer.data.train.prepared.report, trainer.tokenizer, recipe.data.chat_template)
+    for advice in advise(recipe, given, facts):
+        note(str(advice))
+
+
+def _progress(trainer: Any) -> Any:
+    from align.trainers.progress import RunProgress
+
+    unit = {"pairs": "pairs", "lists": "lists"}.get(trainer.method.view, "completions")
+    shown = RunProgress(lambda steps: progress(steps, "training", "steps"), note, unit)
+    shown.attach(trainer)
+    return shown
+
+
+def _finish(recipe: Recipe, as_json: bool) -> None:
+    """The run's page, and where things are."""
+    from align.report import run_page
+
+    output = Path(recipe.train.output_dir).expanduser()
+    try:
+        page = str(run_page(output))
+    except AlignError as error:  # the run is whole, and its page can be made again
+        note(f"warning: there is no page about the run: {error}")
+        page = None
+    if as_json:
+        print_json({"output_dir": str(output), "policy": str(output / "policy"), "page": page})
+        return
+    print(f"done: the policy is in {output / 'policy'}" + (f", a page about the run is {page}" if page else ""))
 
 
 def launched(environment: Mapping[str, str]) -> bool:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,17 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     Raises:
         CheckpointError: the disk is full or the place cannot be written; the old content stands.
     """
+    return atomic_lines(path, [data.encode() if isinstance(data, str) else data])
+
+
+def atomic_lines(path: str | Path, lines: Iterable[bytes]) -> Path:
+    """`atomic_write` of parts end to end, which are not held in memory together."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -235,3 +235,6 @@ def _called(node: ast.AST | None) -> str:
 
 METHODS = Registry("method", "align.methods", METHOD_CLASHES)
 """The training methods. Reading its entries imports nothing; `get` imports one method's file, hence torch."""
+
+WORLDS = Registry("world", "align.worlds")
+"""The worlds of the demo and of comparisons."""

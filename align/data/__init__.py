@@ -3,7 +3,8 @@
 from align.data.groups import Completion, Group, Preference, RowId, Segment, TokenCompletion, TokenGroup
 from align.data.partners import add_mismatched
 from align.data.prepare import PreparedData, SourceSpec, prepare_data
-from align.data.readers import Reader, reader_for
+from align.data.reader import Reader
+from align.data.readers import reader_for
 from align.data.rejected import RejectedLog
 from align.data.rows import BadRow, RowError
 from align.data.sources import Source, open_source

@@ -167,6 +167,7 @@ def _find_template(tokenizer: Any, given: str | None) -> str:
     if not own:
         raise ModelError(
             "the data are conversations, and the tokenizer has no chat template",
+            where=str(getattr(tokenizer, "name_or_path", "")),
             mend="set `data.chat_template`, use a tokenizer that has one, or give plain text",
         )
     if isinstance(own, dict):

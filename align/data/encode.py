@@ -63,6 +63,7 @@ class Encoder:
         if self.eos is None:
             raise ModelError(
                 "the tokenizer has no EOS token, and a plain completion must end in one",
+                where=str(getattr(self.tokenizer, "name_or_path", "")),
                 why="without it the model is never trained to stop",
                 mend="set `tokenizer.eos_token` to a token of the vocabulary and save the tokenizer",
             )

@@ -105,8 +105,20 @@ def parse_line(line: bytes) -> Row | BadRow:
 
 
 def write_index(path: str | Path) -> Path:
-    """Count the rows of a JSONL file of any size once; later starts read the counts from `FILE.index.json`."""
-    path = Path(path)
+    """Count the rows of a JSONL file of any size once; later starts read the counts from `FILE.index.json`.
+
+    Returns:
+        the index's path.
+
+    Raises:
+        DataError: no such file, or a packed one.
+        CheckpointError: the index cannot be written.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError("there is no such file", where=str(path), mend="name a JSONL file")
+    if path.suffix not in (".jsonl", ".ndjson", ".json"):
+        raise DataError(f"a `{path.suffix}` file has no index", where=str(path), mend="name a plain JSONL file")
     rows, starts, fingerprint = _scan(path, str(path), None, any_size=True)
     content = {**_stamp(path), "rows": rows, "starts": starts.tolist(), "fingerprint": fingerprint}
     return atomic_write(_index_path(path), json.dumps(content))
@@ -205,7 +217,7 @@ def _too_large(name: str, subject: str, first: str = "") -> DataError:
         f"{subject} larger than {SCAN_LIMIT >> 30} GB, and its rows are not counted at every start",
         where=name,
         why="epochs and schedules need the number of rows",
-        mend=f"{first}convert it to Parquet, set `max_rows`, or index it once: align.data.jsonl.write_index(FILE)",
+        mend=f"{first}convert it to Parquet, set `max_rows`, or index it once: align data index FILE",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from align.core.errors import DataError, suggestion
@@ -17,17 +17,28 @@ Winner = str | Mapping[str, Any]
 
 PROMPTS = ("prompt", "instruction", "input", "question", "query", "history", "context", "post")
 COMPLETIONS = ("completion", "response", "output", "answer")
-CHOSEN_REJECTED = (
-    ("chosen", "rejected"),
-    ("accepted", "rejected"),
-    ("preferred", "rejected"),
-    ("preferred", "dispreferred"),
-    ("winner", "loser"),
-    ("better_response", "worse_response"),
-    ("chosen_response", "rejected_response"),
-    ("positive", "negative"),
+CHOSEN = (
+    "chosen",
+    "accepted",
+    "preferred",
+    "winner",
+    "better_response",
+    "better",
+    "chosen_response",
+    "response_j",
+    "positive",
 )
-"""Names that tell which of two wins. `response_j`, `response_k` and `response_0`, `response_1` do not."""
+REJECTED = (
+    "rejected",
+    "dispreferred",
+    "loser",
+    "worse_response",
+    "worse",
+    "rejected_response",
+    "response_k",
+    "negative",
+)
+"""Names that tell which of two wins (j over k is the notation of the field). `response_0`, `response_1` do not."""
 LISTS = ("completions", "responses")
 OPTIONAL = ("probability", "margin", "weight", "tie", "annotator", "tools")
 PARTS = (
@@ -42,7 +53,10 @@ PARTS = (
     "ranks",
     "messages",
     "text",
+    "system",
+    *OPTIONAL,
 )
+_HAVE_PROMPTS = ("pairs", "unpaired", "scored", "rated", "demonstrations", "messages", "prompts")
 _TWIN = re.compile(r"^(.+?)([_-][a-zA-Z0-9]|[0-9])$")
 
 
@@ -63,7 +77,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layout:
-    """A format, and part -> column. `transcript`: the answers are whole HH transcripts."""
+    """A format, and part -> column.
+
+    Attributes:
+        transcript: the answers are whole HH transcripts.
+        implicit_prompt: the prompt is what both answers begin with.
+        unused: columns that nothing reads.
+        optional: feedback beside the answers, part -> column.
+        system: the column of system texts; None where there is none.
+    """
 
     format: Format
     columns: Mapping[str, str]
@@ -71,7 +93,8 @@ class Layout:
     transcript: bool = False
     implicit_prompt: bool = False
     unused: tuple[str, ...] = ()
-    optional: tuple[str, ...] = field(default=())
+    optional: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
 
     def describe(self) -> str:
         """One line for the log: what was decided, and what is ignored."""
@@ -83,7 +106,8 @@ class Layout:
             parts.append(f"winner {winner}")
         else:
             parts += [f"{part} = column `{column}`" for part, column in self.columns.items()]
-        parts += [f"with `{name}`" for name in self.optional]
+        parts.append(f"system = column `{self.system}`" if self.system else "")
+        parts += [f"with `{column}`" for column in self.optional.values()]
         text = ", ".join(part for part in parts if part)
         return text + (f"; not used: {', '.join(f'`{name}`' for name in self.unused)}" if self.unused else "")
 
@@ -107,11 +131,12 @@ def find_layout(
     finder = _Finder(sample, dict(columns or {}), where)
     layout = finder.by_winner(winner) if winner is not None else finder.by_names()
     used = set(layout.columns.values()) | ({layout.choice.column} if layout.choice else set())
-    optional = tuple(name for name in OPTIONAL if name in finder.names and name not in used)
-    unused = tuple(name for name in finder.names if name not in used and name not in optional)
-    return Layout(
-        layout.format, layout.columns, layout.choice, layout.transcript, layout.implicit_prompt, unused, optional
-    )
+    system = finder.columns.get("system", "system")
+    system = system if system in finder.names and system not in used and layout.format in _HAVE_PROMPTS else ""
+    optional = {part: finder.columns.get(part, part) for part in OPTIONAL}
+    optional = {part: name for part, name in optional.items() if name in finder.names and name not in used}
+    left = [name for name in finder.names if name not in used | {system} | set(optional.values())]
+    return replace(layout, unused=tuple(left), optional=optional, system=system or None)
 
 
 class _Finder:
@@ -146,10 +171,8 @@ class _Finder:
         return self.pairs(answers[0], answers[1], choice)
 
     def by_names(self) -> Layout:
-        for chosen, rejected in CHOSEN_REJECTED:
-            chosen, rejected = self.columns.get("chosen", chosen), self.columns.get("rejected", rejected)
-            if chosen in self.names and rejected in self.names:
-                return self.pairs(chosen, rejected)
+        if found := self.named_winner():
+            return self.pairs(*found)
         prompt = self.prompt()
         listed = self.one("completions", LISTS)
         if listed and prompt:
@@ -167,6 +190,28 @@ class _Finder:
         if prompt:
             return Layout("prompts", {"prompt": prompt})
         raise self.error("the columns tell no format that is read", _FORMATS)
+
+    def named_winner(self) -> tuple[str, str] | None:
+        """The columns of the winning and the losing answer by their names, or as mapped.
+
+        Raises:
+            DataError: several could be either.
+        """
+        sides = []
+        for part, names in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            mapped = [self.columns[part]] if part in self.columns else []
+            there = [name for name in names if name in self.names]
+            sides.append(mapped or [name for name in there if name == names[0] or self.is_answer(name)])
+        chosen, rejected = sides
+        if not chosen or not rejected:
+            return None
+        for found, part, names in ((chosen, "chosen", CHOSEN), (rejected, "rejected", REJECTED)):
+            if len(found) > 1 and found[0] != names[0]:
+                raise self.error(
+                    f"several columns may be the {part} answer: " + ", ".join(f"`{name}`" for name in found),
+                    f"say which: columns: {{{part}: {found[0]}}}",
+                )
+        return chosen[0], rejected[0]
 
     def pairs(self, chosen: str, rejected: str, choice: Choice | None = None) -> Layout:
         values = [row.get(chosen) for row in self.sample]
@@ -201,7 +246,7 @@ class _Finder:
 
     def single(self, prompt: str, completion: str) -> Layout:
         parts = {"prompt": prompt, "completion": completion}
-        if label := self.one("label", ("label", "kto_tag")):
+        if label := self.one("label", ("label", "kto_tag", "thumbs")):
             values = {row[label] for row in self.sample if isinstance(row.get(label), (bool, int, float, str))}
             if not values <= {True, False}:
                 shown = ", ".join(sorted(map(repr, values))[:6])
@@ -261,8 +306,8 @@ class _Finder:
         return near[0] if len(near) == 1 else None
 
     def sibling(self, winner: str) -> str:
-        by_name = next((pair[1] for pair in CHOSEN_REJECTED if pair[0] == winner and pair[1] in self.names), None)
-        loser = by_name or self.sibling_of(winner)
+        named = [name for name in REJECTED if name in self.names] if winner in CHOSEN else []
+        loser = named[0] if len(named) == 1 else self.sibling_of(winner)
         if loser is None:
             raise self.error(
                 f"`winner` is column `{winner}`, and the losing answer is not plain",
@@ -293,7 +338,14 @@ _FORMATS = (
 
 
 def _same(value: Any, label: Any) -> bool:
-    return bool(value == label) or str(value) == str(label)
+    """Equal as values or as written: a recipe's keys are text (`true`, `1`), a row's values may be no text."""
+    if value == label or str(value) == str(label):
+        return True
+    if isinstance(value, bool):
+        return str(value).lower() == str(label).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value)) == str(label)
+    return False
 
 
 def _short(value: Any) -> str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.core.errors import DataError
+from align.core.errors import AlignError, DataError, ErrorList, raise_all
 from align.core.hashing import digest
+from align.data import known
+from align.data.grouped import RowPairs
 from align.data.groups import TokenGroup
+from align.data.known import Known, Purpose
 from align.data.layout import Winner
-from align.data.readers import Reader, Transcripts, reader_for
+from align.data.mixture import Mixture, mixture_of
+from align.data.readers import Diverging, Reader, Ties, Transcripts, reader_for, recognise
 from align.data.rejected import RejectedLog
 from align.data.rows import BadRow, Row
 from align.data.sources import Source, open_source
@@ -31,7 +38,12 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One entry of `data.train` or `data.eval`."""
+    """One entry of `data.train` or `data.eval`; see `open_source` and `reader_for`.
+
+    Attributes:
+        weight: share of the mixture, see `align.data.mixture`; all 1: the sources are joined.
+        where: line of the recipe, for errors.
+    """
 
     name: Any
     split: str | None = None
@@ -42,10 +54,50 @@ class SourceSpec:
     winner: Winner | None = None
     columns: Mapping[str, str] | None = None
     transcripts: Transcripts = "text"
+    format: str | None = None
+    axis: str | None = None
+    ties: Ties | None = None
+    diverging: Diverging = "keep"
+    chat: bool | None = None
+    filters: Mapping[str, Any] | str | None = None
+    weight: float = 1.0
+    where: str = ""
 
-    def open(self) -> Source:
+    @property
+    def text(self) -> str:
+        """The name, where it is one."""
+        return str(self.name) if isinstance(self.name, (str, Path)) else ""
+
+    def open(self, purpose: Purpose = "train") -> Source:
+        prefer = known.splits(self.text, purpose) if self.text else ()
         return open_source(
-            self.name, self.split, self.max_rows, self.revision, config=self.config, data_dir=self.data_dir
+            self.name,
+            self.split,
+            self.max_rows,
+            self.revision,
+            config=self.config,
+            data_dir=self.data_dir,
+            purpose=purpose,
+            prefer=prefer,
+        )
+
+    def reader(self, sample: Sequence[Row], where: str, purpose: Purpose, found: Known | None) -> Reader:
+        """The reader of this source's rows; `found` is what `recognise` said."""
+        return reader_for(
+            sample,
+            self.winner,
+            where,
+            self.columns,
+            self.transcripts,
+            name=self.text,
+            format=self.format,
+            axis=self.axis,
+            ties=self.ties,
+            diverging=self.diverging,
+            chat=self.chat,
+            filters=self.filters,
+            purpose=purpose,
+            known=found,
         )
 
 
@@ -58,12 +110,14 @@ class PreparedData:
         fingerprint: of rows, reading and tokenisation.
         report: rows, looked, kept, bad, dropped, reasons (with three rows each), tokens (quantiles), read_as.
         rejected: the log to go on with in training.
+        mixture: how sources are mixed by weight; None where they are joined.
     """
 
     dataset: GroupDataset
     fingerprint: str
     report: Mapping[str, Any]
     rejected: RejectedLog = field(repr=False)
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,7 +127,102 @@ class PreparedData:
         return self.dataset.rows_parsed
 
     def sampler(self, rows_per_step: int, seed: int, shuffle: bool = True) -> GlobalBatchSampler:
-        return GlobalBatchSampler(len(self.dataset), rows_per_step, seed, shuffle)
+        orders = None if self.mixture is None else partial(self.mixture.order, seed, shuffle=shuffle)
+        return GlobalBatchSampler(len(self.dataset), rows_per_step, seed, shuffle, orders)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, how its rows are read, how many of them are looked at before training, and its first rows."""
+
+    source: Source
+    reader: Reader
+    share: int
+    first: Sequence[Row | BadRow] = field(repr=False)
+
+
+def open_sources(
+    sources: Sequence[SourceSpec | Mapping[str, Any] | Any],
+    view: str | None = None,
+    needs: Collection[str] = frozenset(),
+    look: int = LOOK,
+    purpose: Purpose = "train",
+) -> list[Opened]:
+    """Open sources and decide from their first rows how each is read; no row becomes tokens.
+
+    Args:
+        sources: as for `prepare_data`.
+        view: the view that they must give; None for any.
+        needs: columns of the method that reads the view.
+        look: rows that are looked at of all sources together.
+        purpose: what the rows are for; training takes no test split, and no benchmark.
+
+    Raises:
+        DataError: nothing there, not readable, not fit for the view; several faults come as one `ErrorList`.
+    """
+    specs = [_spec(source) for source in sources]
+    if not specs:
+        raise DataError("no data source is given", mend="name at least one under `data.train`")
+    errors: list[AlignError] = []
+    opened: list[Source] = []
+    for spec in specs:
+        with _collected(errors, spec):
+            opened.append(spec.open(purpose))
+    raise_all(errors)
+    _distinct(opened)
+    samples = [
+        source.read(range(min(share, _SAMPLE))) for source, share in zip(opened, _shares(opened, look), strict=True)
+    ]
+    kinds: list[Known | None] = []
+    for spec, source, sample in zip(specs, opened, samples, strict=True):
+        with _collected(errors, spec):
+            kinds.append(_recognised(spec, source, sample, purpose))
+    raise_all(errors)
+    for number, kind in enumerate(kinds):
+        if kind is not None and kind.rows_per_prompt == 2:
+            opened[number] = RowPairs(opened[number])
+            samples[number] = opened[number].read(range(min(len(opened[number]), _SAMPLE)))
+    found = []
+    for number, share in enumerate(_shares(opened, look)):
+        source, sample = opened[number], samples[number][:share]
+        with _collected(errors, specs[number]):
+            reader = _reader(specs[number], source, sample, view, needs, purpose, kinds[number])
+            found.append(Opened(source, reader, share, sample))
+    raise_all(errors)
+    return found
+
+
+@contextmanager
+def _collected(errors: list[AlignError], spec: SourceSpec) -> Iterator[None]:
+    """Keep a source's error, with the line of the recipe that names the source."""
+    try:
+        yield
+    except ErrorList as several:
+        errors += [_placed(error, spec) for error in several.errors]
+    except AlignError as error:
+        errors.append(_placed(error, spec))
+
+
+def _placed(error: AlignError, spec: SourceSpec) -> AlignError:
+    if not spec.where:
+        return error
+    where = f"{spec.where}: {error.where}" if error.where else spec.where
+    return type(error)(error.what, where=where, why=error.why, mend=error.mend)
+
+
+def _recognised(spec: SourceSpec, source: Source, sample: Sequence[Row | BadRow], purpose: Purpose) -> Known | None:
+    """What the rows are known as.
+
+    Raises:
+        DataError: none of them can be read, or they may not be used so.
+    """
+    rows = [row for row in sample if not isinstance(row, BadRow)]
+    if not rows:
+        reasons = sorted({row.reason for row in sample if isinstance(row, BadRow)})
+        raise DataError(
+            f"none of the first {len(sample)} rows can be read", where=source.name, why="; ".join(reasons[:3])
+        )
+    return recognise(rows, spec.text, spec.format, spec.winner, spec.columns, source.name, purpose)
 
 
 def prepare_data(
@@ -82,6 +231,7 @@ def prepare_data(
     *,
     rejected: RejectedLog | None = None,
     look: int = LOOK,
+    purpose: Purpose = "train",
 ) -> PreparedData:
     """Open sources, decide how to read each, and look at up to `look` rows in all, in file order.
 
@@ -90,24 +240,19 @@ def prepare_data(
         tokenise: carries the view and what the method needs.
         rejected: where bad rows are counted and written; a log without a file by default.
         look: at most so many rows are parsed here; what they become is not kept.
+        purpose: see `open_sources`.
 
     Raises:
         DataError: nothing there, not readable, not fit for the view, no row left, or too many bad rows.
     """
     specs = [_spec(source) for source in sources]
-    if not specs:
-        raise DataError("no data source is given", mend="name at least one under `data.train`")
+    found = open_sources(specs, tokenise.view, tokenise.needs, look, purpose)
     rejected = rejected or RejectedLog(None)
-    opened = _distinct([spec.open() for spec in specs])
-    shares = _shares([len(source) for source in opened], look)
-    samples = [source.read(range(min(share, _SAMPLE))) for source, share in zip(opened, shares, strict=True)]
-    readers = [
-        _reader(spec, source, sample, tokenise) for spec, source, sample in zip(specs, opened, samples, strict=True)
-    ]
+    opened, readers = [one.source for one in found], [one.reader for one in found]
     dataset = GroupDataset(opened, readers, tokenise)
     looking = _Look(dataset, rejected)
-    for number, (share, sample) in enumerate(zip(shares, samples, strict=True)):
-        looking.source(number, share, sample)
+    for number, one in enumerate(found):
+        looking.source(number, one.share, one.first)
     rejected.total = len(dataset)
     rejected.check()
     if not looking.kept:
@@ -116,10 +261,11 @@ def prepare_data(
             where=", ".join(source.name for source in opened),
             why="; ".join(f"{count} x {reason}" for reason, count in rejected.reasons.most_common(5)),
         )
-    fingerprint = digest(
-        [[source.fingerprint for source in opened], [reader.description for reader in readers], tokenise.fingerprint]
-    )
-    return PreparedData(dataset, fingerprint, looking.report(), rejected)
+    mixture = _mixture(specs, opened, purpose)
+    marks = [[source.fingerprint for source in opened], [reader.description for reader in readers]]
+    mixed = [] if mixture is None else [mixture.weights]
+    fingerprint = digest([*marks, tokenise.fingerprint, *mixed])
+    return PreparedData(dataset, fingerprint, looking.report(), rejected, mixture)
 
 
 def _spec(source: Any) -> SourceSpec:
@@ -138,25 +284,59 @@ def _distinct(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def _shares(rows: Sequence[int], look: int) -> list[int]:
+def _shares(sources: Sequence[Source], look: int) -> list[int]:
     """How many rows of each source are looked at: all where they fit, else in proportion, at least one."""
+    rows = list(map(len, sources))
     total = sum(rows)
     if total <= look:
-        return list(rows)
+        return rows
     return [max(1, count * (look - len(rows)) // total) for count in rows]
 
 
-def _reader(spec: SourceSpec, source: Source, sample: Sequence[Row | BadRow], tokenise: Tokeniser) -> Reader:
+def _reader(
+    spec: SourceSpec,
+    source: Source,
+    sample: Sequence[Row | BadRow],
+    view: str | None,
+    needs: Collection[str],
+    purpose: Purpose,
+    found: Known | None,
+) -> Reader:
     rows = [row for row in sample if not isinstance(row, BadRow)]
-    if not rows:
-        reasons = sorted({row.reason for row in sample if isinstance(row, BadRow)})
-        raise DataError(
-            f"none of the first {len(sample)} rows can be read", where=source.name, why="; ".join(reasons[:3])
-        )
-    reader = reader_for(rows, spec.winner, source.name, spec.columns, spec.transcripts)
-    check_view(tokenise.view, tokenise.needs, reader.gives, source.name, reader.description)
+    reader = spec.reader(rows, source.name, purpose, found)
+    if view is not None:
+        check_view(view, needs, reader.gives, source.name, reader.description)
+        if spec.ties == "keep" and "ties" not in needs:
+            raise DataError(
+                "`ties: keep`, and the method reads no ties",
+                where=source.name,
+                mend="write `ties: drop`, or take a method that reads them",
+            )
     _log.info("%s: %s", source.name, reader.description)
+    if found is not None and (warning := found.warnings.get(known.hub_id(spec.text) or "")):
+        _log.warning("%s: %s", source.name, warning)
     return reader
+
+
+def _mixture(specs: Sequence[SourceSpec], sources: Sequence[Source], purpose: Purpose) -> Mixture | None:
+    weighted = next((spec for spec in specs if spec.weight != 1), None)
+    if weighted is None:
+        return None
+    if weighted.weight <= 0 or purpose == "eval" or len(specs) == 1:
+        raise DataError(
+            f"`weight` is {weighted.weight:g}",
+            where=weighted.where or weighted.text,
+            why="it must be above 0"
+            if weighted.weight <= 0
+            else "evaluation reads every row once"
+            if purpose == "eval"
+            else "there is nothing to mix a single source with",
+            mend="leave `weight` out",
+        )
+    mixture = mixture_of(list(map(len, sources)), [spec.weight for spec in specs])
+    if mixture is not None:
+        _log.info("mixed by weight: %s", mixture.describe())
+    return mixture
 
 
 class _Look:

@@ -8,7 +8,8 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from align.core.hashing import digest
 from align.data.groups import RowId
 from align.data.jsonl import SCAN_LIMIT, JsonlFile, unpacked
 from align.data.rows import BadRow, Row
-from align.data.splits import choose_split, files_by_split
+from align.data.splits import Purpose, choose_split, files_by_split
 
 _JSON_LIMIT = 64 << 20
 _SAMPLED_ROWS = 256
@@ -64,15 +65,19 @@ def open_source(
     *,
     config: str | None = None,
     data_dir: str | None = None,
+    purpose: Purpose = "train",
+    prefer: Sequence[str] = (),
 ) -> Source:
     """Open rows of any kind.
 
     Args:
         name: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file, a folder of them or of `save_to_disk`, a hub id,
             a `datasets.Dataset`, or a sequence of dictionaries.
-        split: which split, where there are several; otherwise `train`, or the only one that is no test split.
+        split: which split, where there are several; otherwise see `choose_split`.
         max_rows: only the first rows.
         revision, config, data_dir: of a hub id.
+        purpose: training takes no test split unless it is named; evaluation takes one where there is one.
+        prefer: splits that are taken first where they are there.
 
     Raises:
         DataError: nothing is there, or not that split; it lists what is there.
@@ -80,14 +85,16 @@ def open_source(
     if max_rows is not None and max_rows < 1:
         raise DataError(f"`max_rows` is {max_rows}", where=str(name), mend="use a number above 0, or leave it out")
     if isinstance(name, (str, Path)):
-        source = _open_name(str(name), split, max_rows, revision, config, data_dir)
+        choose = partial(choose_split, asked=split, where=str(name), purpose=purpose, prefer=prefer)
+        source = _open_name(str(name), choose, max_rows, revision, config, data_dir)
     elif hf.is_iterable_dataset(name):
         raise DataError(
             "an `IterableDataset` has no length and no random access",
             mend="save it as JSONL or Parquet, or pass a `datasets.Dataset`",
         )
     elif hf.is_dataset_dict(name):
-        source = _from_dataset(name[choose_split(list(name), split, "the `DatasetDict`")], "dataset", max_rows)
+        chosen = choose_split(list(name), split, "the `DatasetDict`", purpose, prefer)
+        source = _from_dataset(name[chosen], "dataset", max_rows)
     elif hf.is_dataset(name):
         source = _from_dataset(name, "dataset", max_rows)
     elif isinstance(name, Sequence):
@@ -95,29 +102,46 @@ def open_source(
     else:
         raise DataError(f"data of type {type(name).__name__}", mend="give a file, folder, hub id, Dataset or list")
     if not len(source):
-        raise DataError("there are no rows", where=source.name)
+        raise DataError("there are no rows", where=source.name, mend="name a file or split that holds some")
     return source
 
 
 def _open_name(
-    name: str, split: str | None, max_rows: int | None, revision: str | None, config: str | None, data_dir: str | None
+    name: str,
+    choose: Callable[[Sequence[str]], str],
+    max_rows: int | None,
+    revision: str | None,
+    config: str | None,
+    data_dir: str | None,
 ) -> Source:
     path = Path(name).expanduser()
+    _refuse_hub_options(path, name, revision=revision, config=config, data_dir=data_dir)
     if path.is_file():
-        if split not in (None, "train"):
-            raise DataError(f"a single file has no split `{split}`", where=name, mend="leave `split` out")
+        choose(["train"])
         return _open_files([path], name, max_rows)
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
             saved = hf.load_saved(path)
-            return _from_dataset(saved[choose_split(list(saved), split, name)], name, max_rows)
+            return _from_dataset(saved[choose(list(saved))], name, max_rows)
         if (path / "state.json").exists() and (path / "dataset_info.json").exists():
             return _from_dataset(hf.load_saved(path), name, max_rows)
         files = files_by_split(path)
-        return _open_files(files[choose_split(list(files), split, name)], name, max_rows)
+        return _open_files(files[choose(list(files))], name, max_rows)
     if _looks_like_path(name):
         raise _missing(path, name)
-    return _open_hub(name, split, max_rows, revision, config, data_dir)
+    return _open_hub(name, choose, max_rows, revision, config, data_dir)
+
+
+def _refuse_hub_options(path: Path, name: str, **options: str | None) -> None:
+    """A local path has no revision, config or data folder: an option that nothing reads is an error."""
+    given = [option for option, value in options.items() if value is not None]
+    if given and path.exists():
+        raise DataError(
+            f"`{given[0]}` is stated for a file or folder",
+            where=name,
+            why="it says what to load from the hub",
+            mend=f"remove `{given[0]}`" + ("; name the folder itself" if given[0] == "data_dir" else ""),
+        )
 
 
 def _open_files(files: list[Path], name: str, max_rows: int | None) -> Source:
@@ -259,7 +283,12 @@ def _json_list(file: Path, name: str, max_rows: int | None) -> Source:
 
 
 def _open_hub(
-    name: str, split: str | None, max_rows: int | None, revision: str | None, config: str | None, data_dir: str | None
+    name: str,
+    choose: Callable[[Sequence[str]], str],
+    max_rows: int | None,
+    revision: str | None,
+    config: str | None,
+    data_dir: str | None,
 ) -> Source:
     try:
         loaded = hf.load_hub(name, config, data_dir, revision)
@@ -270,7 +299,7 @@ def _open_hub(
             why=lines[0] if lines else type(error).__name__,
             mend="check the name, the network (HF_HUB_OFFLINE) and the rights; `config` or `data_dir` may be needed",
         ) from error
-    return _from_dataset(loaded[choose_split(list(loaded), split, name)], name, max_rows)
+    return _from_dataset(loaded[choose(list(loaded))], name, max_rows)
 
 
 def _looks_like_path(name: str) -> bool:

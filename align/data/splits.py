@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from align.core.errors import DataError
 
+Purpose = Literal["train", "eval"]
+
+_log = logging.getLogger(__name__)
+_USUAL: dict[Purpose, tuple[str, ...]] = {
+    "train": ("train",),
+    "eval": ("test", "test_prefs", "validation"),
+}
 _DATA = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".ndjson.gz")
 _HELD_OUT = re.compile(r"(^|[_\-. ])(test|val|valid|validation|dev|eval|evaluation|holdout|heldout)([_\-. ]|\d*$)")
 _TRAIN = re.compile(r"(^|[_\-. ])train(ing)?([_\-. ]|\d*$)")
@@ -15,22 +24,41 @@ _SHARD = re.compile(r"[-_.]\d{1,6}(-of-\d{1,6})?$")
 _METADATA = {"dataset_info.json", "state.json", "dataset_infos.json", "manifest.json", "config.json"}
 
 
-def choose_split(there: Sequence[str], asked: str | None, where: str) -> str:
-    """The split to read; see `open_source`."""
+def choose_split(
+    there: Sequence[str], asked: str | None, where: str, purpose: Purpose = "train", prefer: Sequence[str] = ()
+) -> str:
+    """The split to read.
+
+    The one asked for; else the first of `prefer`; else for training `train`, or the only train split, or the only one
+    that is no test split; for evaluation `test`, `test_prefs` or `validation`, or the only test split, or the only
+    split there is.
+
+    Raises:
+        DataError: not there, or several would do; it lists what is there.
+    """
     if asked is not None:
-        if asked in there:
-            return asked
-        raise DataError(
-            f"there is no split `{asked}`", where=where, why=_listed(there), mend="set `split` to one of them"
-        )
-    if "train" in there:
-        return "train"
-    train = [name for name in there if _TRAIN.search(name) and not _HELD_OUT.search(name)]
-    open_ones = train or [name for name in there if not _HELD_OUT.search(name)]
+        if asked not in there:
+            raise DataError(
+                f"there is no split `{asked}`", where=where, why=_listed(there), mend="set `split` to one of them"
+            )
+        if purpose == "train" and _HELD_OUT.search(asked) and len(there) > 1:
+            _log.warning("%s: `%s` is a held-out split, and is trained on because `split` says so", where, asked)
+        return asked
+    usual = _USUAL[purpose]
+    for name in (*prefer, *usual):
+        if name in there:
+            return name
+    held_out = [name for name in there if _HELD_OUT.search(name)]
+    if purpose == "eval":
+        open_ones = held_out or list(there)
+    else:
+        train = [name for name in there if _TRAIN.search(name) and name not in held_out]
+        open_ones = train or [name for name in there if name not in held_out]
     if len(open_ones) == 1:
         return open_ones[0]
+    wanted = "train on" if purpose == "train" else "evaluate on"
     raise DataError(
-        "there is no split `train`" if not open_ones else "there are several splits to train on",
+        f"there is no split `{usual[0]}`" if not open_ones else f"there are several splits to {wanted}",
         where=where,
         why=_listed(there),
         mend="set `split` to one of them",

@@ -6,13 +6,14 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import partial
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from align.core import seeds
 from align.data.groups import Group, RowId, TokenGroup
-from align.data.readers import Reader
+from align.data.reader import Reader
 from align.data.rows import BadRow, RowError
 from align.data.sources import Source
 
@@ -24,15 +25,16 @@ WINDOW = 16
 class EpochOrder(Sequence[int]):
     """The order of the rows in one epoch: blocks of 4,096 rows permuted, rows mixed within windows of 16 blocks.
 
-    A function of (number of rows, seed, epoch) alone. Each window is computed when it is first read; two are kept.
+    A function of (number of rows, seed, epoch, name) alone. Each window is computed when it is first read; two are
+    kept. `name` tells streams apart that are shuffled each by itself.
     """
 
-    def __init__(self, n_rows: int, seed: int, epoch: int, shuffle: bool = True) -> None:
-        self.n_rows, self.seed, self.epoch, self.shuffle = n_rows, seed, epoch, shuffle
+    def __init__(self, n_rows: int, seed: int, epoch: int, shuffle: bool = True, name: tuple[Any, ...] = ()) -> None:
+        self.n_rows, self.seed, self.epoch, self.shuffle, self.name = n_rows, seed, epoch, shuffle, name
         blocks = -(-n_rows // BLOCK)
         order = np.arange(blocks)
         if shuffle:
-            order = seeds.generator(seed, "epoch", epoch, "blocks").permutation(blocks)
+            order = seeds.generator(seed, *name, "epoch", epoch, "blocks").permutation(blocks)
         self._windows = [order[start : start + WINDOW] for start in range(0, blocks, WINDOW)]
         self._ends = np.cumsum([self._size(window) for window in self._windows]).tolist()
         self._made: dict[int, np.ndarray] = {}
@@ -73,7 +75,8 @@ class EpochOrder(Sequence[int]):
             blocks = self._windows[index]
             rows = np.concatenate([np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n_rows)) for block in blocks])
             if self.shuffle:
-                rows = seeds.generator(self.seed, "epoch", self.epoch, "window", index).permutation(rows)
+                mixer = seeds.generator(self.seed, *self.name, "epoch", self.epoch, "window", index)
+                rows = mixer.permutation(rows)
             while len(self._made) >= 2:
                 self._made.pop(next(iter(self._made)))
             self._made[index] = rows
@@ -88,17 +91,43 @@ def epoch_order(n_rows: int, seed: int, epoch: int, shuffle: bool = True) -> Epo
     return EpochOrder(n_rows, seed, epoch, shuffle)
 
 
+class RowOrder(Protocol):
+    """The rows of one epoch by their places."""
+
+    epoch: int
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> list[int]: ...
+
+
 class GlobalBatchSampler:
     """Yields the rows of each step of an epoch, the same on every rank.
 
     The last batch of an epoch may be smaller. `set_epoch` chooses the epoch; `start` the step at which the next
     iteration begins (a resumed run), once.
+
+    Args:
+        n_rows: rows of an epoch that takes every row once.
+        orders: epoch -> its order, where epochs are made otherwise (a mixture).
     """
 
-    def __init__(self, n_rows: int, rows_per_step: int, seed: int, shuffle: bool = True) -> None:
-        self.n_rows, self.rows_per_step, self.seed, self.shuffle = n_rows, rows_per_step, seed, shuffle
+    def __init__(
+        self,
+        n_rows: int,
+        rows_per_step: int,
+        seed: int,
+        shuffle: bool = True,
+        orders: Callable[[int], RowOrder] | None = None,
+    ) -> None:
+        self.rows_per_step = rows_per_step
         self.start = 0
-        self._order = epoch_order(n_rows, seed, 0, shuffle)
+        self._orders = orders or partial(epoch_order, n_rows, seed, shuffle=shuffle)
+        self._order: RowOrder = self._orders(0)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self._order)
 
     @property
     def epoch(self) -> int:
@@ -106,7 +135,7 @@ class GlobalBatchSampler:
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self._order = epoch_order(self.n_rows, self.seed, epoch, self.shuffle)
+            self._order = self._orders(epoch)
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.rows_per_step)

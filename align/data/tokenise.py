@@ -99,7 +99,8 @@ class Tokeniser:
             RowError: nothing in it for this view, an empty completion, too long, tied once tokenised.
             ModelError: the tokenizer lacks an EOS token or a chat template that these rows need.
         """
-        chosen = select(group, self.view, self.pairs, "ties" in self.needs, "reward" in self.needs)
+        ties = "ties" in self.needs and group.meta.get("ties") != "drop"
+        chosen = select(group, self.view, self.pairs, ties, "reward" in self.needs)
         group = replace(group, completions=chosen.completions, preferences=chosen.preferences)
         made = self._fitted(group)
         _refuse_equal(made)

@@ -60,17 +60,27 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Item:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the recipe cannot be read", where=str(path), why=str(error)) from error
+        raise ConfigError(
+            "the recipe cannot be read",
+            where=str(path),
+            why=str(error),
+            mend="give the path of a YAML file; `align recipes copy NAME FILE` makes one",
+        ) from error
     root = parse(text, str(path))
     if root.value is None:
         root.value = {}
     if not isinstance(root.value, dict):
-        raise ConfigError("a recipe is a mapping of sections", where=root.where)
-    errors: list[AlignError] = []
-    for words in _assignments(overrides, errors):
-        _apply(root, *words, errors)
-    raise_all(errors)
+        raise ConfigError("a recipe is a mapping of sections", where=root.where, mend="begin with `model:`")
+    raise_all(override(root, overrides))
     return root
+
+
+def override(root: Item, words: Sequence[str]) -> list[AlignError]:
+    """Lay `a.b=1`, `--a.b=1` or `--a.b`, `1` over a recipe, in place; return the faults."""
+    errors: list[AlignError] = []
+    for assignment in _assignments(words, errors):
+        _apply(root, *assignment, errors)
+    return errors
 
 
 def parse(text: str, source: str, numbered: bool = True) -> Item:

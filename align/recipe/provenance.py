@@ -44,11 +44,14 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "deepspeed",
+    "bitsandbytes",
 )
 
 
-def check_output(recipe: Recipe, uses: rules.Uses) -> None:
+def check_output(recipe: Recipe, uses: rules.Uses, clean: bool = True) -> None:
     """Refuse an output folder that holds something else, or a run with another recipe. One process calls it.
+
+    `clean` removes what a killed save left there; without it the folder stays untouched, for it may be in use.
 
     Raises:
         CheckpointError: the folder is used and is not a run, or its records were changed.
@@ -57,7 +60,8 @@ def check_output(recipe: Recipe, uses: rules.Uses) -> None:
     folder = Path(recipe.train.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError("`train.output_dir` is a file", where=str(folder), mend="name another folder")
-    clean_leftovers(folder)
+    if clean:
+        clean_leftovers(folder)
     now = yaml.safe_load(rules.to_yaml(recipe, uses))
     if folder.is_dir() and any(folder.iterdir()):
         before = _read(folder)

@@ -11,11 +11,25 @@ from typing import Any
 
 import yaml
 
-from align.core.errors import AlignError, ConfigError
+from align.core.errors import AlignError, ConfigError, MissingExtra, suggestion
 from align.core.options import declared
 from align.recipe.sections import Recipe, Stream
+from align.recipe.streams import stream_faults
 
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
+
+_USUAL_OPTIMISERS = frozenset(
+    {
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "rmsprop",
+        "sgd",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +106,11 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
             where=given.get("reference.kind", ""),
             mend="add `model.peft`, or use `frozen`",
         )
+    yield from _quantization(recipe, given)
     for key, streams in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         yield from _streams(key, streams, given)
     yield from _paths(recipe, given)
+    yield from _optimiser(recipe, given)
     tool = recipe.train.report_to
     if tool != "none" and importlib.util.find_spec(tool) is None:
         yield ConfigError(
@@ -104,17 +120,67 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
         )
 
 
+def _optimiser(recipe: Recipe, given: Mapping[str, str]) -> Iterator[AlignError]:
+    name = recipe.train.optim
+    if name in _USUAL_OPTIMISERS:
+        return
+    from transformers.training_args import OptimizerNames  # slow to import, and few recipes name another
+
+    known = [str(one.value) for one in OptimizerNames]
+    if name not in known:
+        yield ConfigError(
+            f"transformers has no optimiser `{name}`",
+            where=given.get("train.optim", ""),
+            mend=suggestion(name, known) or "write `adamw_torch`",
+        )
+
+
+def _quantization(recipe: Recipe, given: Mapping[str, str]) -> Iterator[AlignError]:
+    model, where = recipe.model, given.get("model.quantization", "")
+    if model.quantization is None or not model.quantization.load_in_4bit:
+        return
+    if model.peft is None:
+        yield ConfigError(
+            "`model.quantization` without `model.peft`",
+            where=where,
+            why="4-bit weights have no gradient",
+            mend="add `model.peft: {r: 64, lora_alpha: 64}`, or remove the quantisation",
+        )
+    elif model.peft.bias != "none":
+        yield ConfigError(
+            f"`model.peft.bias: {model.peft.bias}` over quantised weights",
+            where=given.get("model.peft.bias", where),
+            why="the biases of quantised layers are kept in the compute dtype and cannot be trained",
+            mend="write `bias: none`",
+        )
+    if recipe.reference.kind == "ema":
+        yield ConfigError(
+            "`reference.kind: ema` over quantised weights",
+            where=given.get("reference.kind", where),
+            why="the base weights do not move",
+            mend="write `adapter_off`",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield MissingExtra(
+            "`model.quantization` needs bitsandbytes, which is not installed",
+            where=where,
+            mend='pip install "align-lm[quantized]", or remove the quantisation',
+        )
+
+
 def _streams(key: str, streams: tuple[Stream, ...], given: Mapping[str, str]) -> Iterator[AlignError]:
     for number, stream in enumerate(streams):
-        where = given.get(f"{key}.{number}.name", given.get(key, ""))
+        owner = f"{key}.{number}"
+        where = given.get(f"{owner}.name", given.get(key, ""))
         if _looks_local(stream.name, _DATA_FILES) and not Path(stream.name).expanduser().exists():
             yield ConfigError(f"there is no `{stream.name}`", where=where, mend="check the path")
-        if stream.weight != 1.0:
+        yield from stream_faults(stream, owner, given, where)
+        if stream.weight != 1.0 and (key == "data.eval" or len(streams) == 1):
             yield ConfigError(
-                f"`{key}.{number}.weight` is {stream.weight:g}",
-                where=given.get(f"{key}.{number}.weight", where),
-                why="streams are joined, not yet mixed by weight",
-                mend="leave it at 1, or set `max_rows`",
+                f"`{owner}.weight` is unused",
+                where=given.get(f"{owner}.weight", where),
+                why="evaluation reads every row" if key == "data.eval" else "there is one stream, and nothing to mix",
+                mend="remove it; `max_rows` limits a stream",
             )
 
 
@@ -174,7 +240,8 @@ def to_plain(recipe: Recipe, uses: Uses) -> dict[str, Any]:
     for key in ("train", "eval"):
         if key in plain["data"]:
             plain["data"][key] = [
-                {name: value for name, value in stream.items() if name != "weight"} for stream in plain["data"][key]
+                {name: value for name, value in stream.items() if name != "where" and value is not None}
+                for stream in plain["data"][key]
             ]
     return {section: values for section, values in plain.items() if values}
 

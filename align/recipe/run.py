@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError, ConfigError
 from align.core.registry import METHODS
 from align.recipe import provenance, rules
-from align.recipe.sections import Peft, Recipe, Stream
+from align.recipe.sections import Model, Peft, Recipe, Stream
 
 
 def run(recipe: Recipe) -> Path:
@@ -37,18 +39,27 @@ def prepare(recipe: Recipe) -> Any:
     return build(recipe, method)
 
 
-def build(recipe: Recipe, method: Any) -> Any:
-    """The trainer of a recipe, ready to train."""
+def build(recipe: Recipe, method: Any, *, model: Any = None, train: Any = None) -> Any:
+    """The trainer of a recipe, ready to train.
+
+    `model` and `train` take the place of what the recipe names: a model that is loaded already, rows that were read.
+    """
     from align.trainers import PreferenceTrainer
 
     return PreferenceTrainer(
-        model=_model(recipe),
+        model=model_path(recipe) if model is None else model,
         method=method,
         args=arguments(recipe),
-        train_dataset=[_stream(stream) for stream in recipe.data.train],
-        eval_dataset=[_stream(stream) for stream in recipe.data.eval] or None,
+        train_dataset=streams(recipe.data.train) if train is None else train,
+        eval_dataset=streams(recipe.data.eval) or None,
         peft_config=_peft(recipe.model.peft),
+        quantization_config=_quantization(recipe.model),
     )
+
+
+def streams(named: Sequence[Stream]) -> list[dict[str, Any]]:
+    """The streams of a recipe as `prepare_data` and `open_sources` take them."""
+    return [_stream(stream) for stream in named]
 
 
 def arguments(recipe: Recipe) -> Any:
@@ -128,7 +139,7 @@ def _renamed(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _model(recipe: Recipe) -> str:
+def model_path(recipe: Recipe) -> str:
     """The model's folder or hub id; a revision is fetched by itself, so that what is trained is what was named."""
     if recipe.model.revision is None:
         return str(_expanded(recipe.model.name))
@@ -138,8 +149,8 @@ def _model(recipe: Recipe) -> str:
 
 
 def _stream(stream: Stream) -> dict[str, Any]:
-    values = {"name": _expanded(stream.name), "split": stream.split, "winner": stream.winner}
-    return {**values, "max_rows": stream.max_rows}
+    values = {field.name: getattr(stream, field.name) for field in dataclasses.fields(stream)}
+    return {**values, "name": _expanded(stream.name)}
 
 
 def _peft(peft: Peft | None) -> Any:
@@ -156,6 +167,22 @@ def _peft(peft: Peft | None) -> Any:
         modules_to_save=peft.modules_to_save,
         bias=peft.bias,
         use_rslora=peft.use_rslora,
+    )
+
+
+def _quantization(model: Model) -> Any:
+    if model.quantization is None or not model.quantization.load_in_4bit:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    given = model.quantization
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=given.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=given.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        llm_int8_skip_modules=given.llm_int8_skip_modules,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from align.core.errors import AlignError, ConfigError, ErrorList, raise_all, suggestion
 from align.core.options import Range, check_value, declared
 from align.core.registry import METHODS
-from align.recipe import document, rules
+from align.recipe import extends, rules
 from align.recipe.document import Item
 from align.recipe.sections import (
     Data,
@@ -19,6 +19,7 @@ from align.recipe.sections import (
     Model,
     Peft,
     Provenance,
+    Quantization,
     Recipe,
     Reference,
     Stream,
@@ -35,6 +36,16 @@ _ELSEWHERE = {
     "loss_type": "the loss is `method.name`",
     "bf16": "set `model.dtype: bfloat16`",
     "attn_implementation": "set `model.backend`",
+    "use_peft": "add `model.peft`",
+    "lora_r": "set `model.peft.r`",
+    "bits": "set `load_in_4bit: true`",
+    "type": "set `bnb_4bit_quant_type`",
+    "double": "set `bnb_4bit_use_double_quant`",
+    "bnb_4bit_compute_dtype": "set `model.dtype`",
+    "load_in_8bit": "set `load_in_4bit: true`, or train without quantisation",
+}
+_WHY = {
+    "load_in_8bit": "LLM.int8 looks for outliers in the whole batch, so a score would depend on its neighbours",
 }
 
 
@@ -48,15 +59,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: the recipe cannot be used; several faults come as one `ErrorList`.
     """
-    root = document.read(path, overrides)
+    return read(path, overrides)[0]
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
+    """As `load`, and what was written, `section.key`, to where: `recipe.yaml:12`, or `argument train.seed=7`."""
+    return build(extends.read(path, overrides))
+
+
+def build(root: Item) -> tuple[Recipe, dict[str, str]]:
+    """A recipe from a parsed document without `extends`, and where its options were written.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     reader = _Reader()
     recipe = reader.recipe(root)
     if recipe is not None:
         reader.errors += rules.check(recipe, reader.given, reader.uses)
     raise_all(reader.errors)
     if recipe is None:
-        raise ConfigError("the recipe is incomplete", where=str(path))
-    return rules.resolve(recipe)
+        raise ConfigError("the recipe is incomplete", where=root.where, mend="add what is missing")
+    return rules.resolve(recipe), reader.given
 
 
 class _Reader:
@@ -84,12 +108,16 @@ class _Reader:
 
     def model(self, item: Item) -> Model | None:
         extra: dict[str, Any] = {}
-        peft = item.value.get("peft") if isinstance(item.value, dict) else None
-        if peft is not None and peft.value is not None:
-            extra["peft"] = self.section(Peft, "model.peft", peft)
-            self.names(peft, "target_modules", text_allowed=True)
-            self.names(peft, "modules_to_save", text_allowed=False)
-        return self.section(Model, "model", item, extra, also=("peft",))
+        below = item.value if isinstance(item.value, dict) else {}
+        for key, cls in (("peft", Peft), ("quantization", Quantization)):
+            part = below.get(key)
+            if part is not None and part.value is not None:
+                self.given[f"model.{key}"] = part.where
+                extra[key] = self.section(cls, f"model.{key}", part)
+                self.names(part, f"model.{key}", "target_modules", text_allowed=True)
+                self.names(part, f"model.{key}", "modules_to_save")
+                self.names(part, f"model.{key}", "llm_int8_skip_modules")
+        return self.section(Model, "model", item, extra, also=("peft", "quantization"))
 
     def data(self, item: Item) -> Data | None:
         extra: dict[str, Any] = {}
@@ -110,8 +138,16 @@ class _Reader:
         for number, entry in enumerate(entries):
             if isinstance(entry.value, str):
                 entry = Item({"name": entry}, entry.where)
-            found.append(self.section(Stream, f"{owner}.{number}", entry))
+            found.append(self.section(Stream, f"{owner}.{number}", entry, {"where": entry.where}))
+            self.below(entry, f"{owner}.{number}", ("columns", "winner", "filters"))
         return None if not found or None in found else tuple(found)
+
+    def below(self, entry: Item, owner: str, keys: tuple[str, ...]) -> None:
+        """Note where the entries of free mappings stand."""
+        for key in keys:
+            part = entry.value.get(key) if isinstance(entry.value, dict) else None
+            if part is not None and isinstance(part.value, dict):
+                self.given |= {f"{owner}.{key}.{name}": item.where for name, item in part.value.items()}
 
     def method(self, item: Item) -> MethodChoice | None:
         if not isinstance(item.value, dict):
@@ -120,6 +156,7 @@ class _Reader:
         if name is None or not isinstance(name.value, str):
             self.fault("`method.name` is missing", name or item, "`align methods` lists what there is")
             return None
+        self.given["method.name"] = name.where
         try:
             cls = METHODS.get(name.value, name.where)
         except ErrorList as errors:
@@ -171,7 +208,7 @@ class _Reader:
         for key, item in options.items():
             self.given[f"{prefix}.{key}"] = item.where
             if key not in known:
-                why = elsewhere(key)
+                why = _WHY.get(key, "") or elsewhere(key)
                 mend = _ELSEWHERE.get(key, "") or ("" if why else suggestion(key, [*known, *also]))
                 self.errors.append(ConfigError(f"{owner} has no option `{key}`", where=item.where, why=why, mend=mend))
                 continue
@@ -192,12 +229,12 @@ class _Reader:
                 fine = False
         return values, fine
 
-    def names(self, item: Item, key: str, text_allowed: bool) -> None:
+    def names(self, item: Item, owner: str, key: str, text_allowed: bool = False) -> None:
         entry = item.value.get(key) if isinstance(item.value, dict) else None
         if entry is None or entry.value is None or (text_allowed and isinstance(entry.value, str)):
             return
         if not isinstance(entry.value, list) or not all(isinstance(name.value, str) for name in entry.value):
-            self.fault(f"`model.peft.{key}` is {entry.plain()!r}", entry, "give a list of module names")
+            self.fault(f"`{owner}.{key}` is {entry.plain()!r}", entry, "give a list of module names")
 
     def fault(self, what: str, item: Item, mend: str) -> None:
         self.errors.append(ConfigError(what, where=item.where, mend=mend))

@@ -16,10 +16,26 @@ class Peft:
     r: int = option(64, at_least=1, doc="rank")
     lora_alpha: float = option(64.0, above=0, doc="scale of the update, times 1/r")
     lora_dropout: float = option(0.0, at_least=0, below=1, doc="dropout of the adapter's input")
-    target_modules: Any = option("all-linear", doc="`all-linear`, a regular expression, or a list of module names")
+    target_modules: Any = option(
+        "all-linear", doc="`all-linear`, a regular expression, a list of module names; null: PEFT's own list"
+    )
     modules_to_save: Any = option(None, doc="modules trained in full beside the adapter, a list of names")
     bias: Literal["none", "all", "lora_only"] = option("none", doc="which biases are trained")
     use_rslora: bool = option(False, doc="scale by 1/sqrt(r) instead of 1/r")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Frozen weights in 4 bits under an adapter (QLoRA), in the names of transformers' `BitsAndBytesConfig`.
+
+    Computed in `model.dtype`. 8 bits are not offered: LLM.int8 looks for outlier columns in the whole input of a layer,
+    so a log-probability would depend on what else is in its micro-batch.
+    """
+
+    load_in_4bit: bool = option(True, doc="4 bits a weight; false: as if the section were not there")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", doc="the 16 values that a weight may take")
+    bnb_4bit_use_double_quant: bool = option(True, doc="quantise the scales of the blocks too")
+    llm_int8_skip_modules: Any = option(None, doc="modules left as they are, a list of names; null: the output head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +51,30 @@ class Model:
     gradient_checkpointing: bool = option(False, doc="recompute activations in the backward pass")
     trust_remote_code: bool = option(False, doc="run code that a model folder brings")
     peft: Peft | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One source of rows."""
+    """One source of rows. Public data sets that are known are read without any of these but `name`."""
 
     name: str = option(doc="hub id, file or folder")
     split: str | None = option(None, doc="split of a data set that has several")
-    winner: str | None = option(None, doc="how a row says which answer won, where its columns do not")
+    config: str | None = option(None, doc="configuration of a hub data set")
+    data_dir: str | None = option(None, doc="folder within a hub data set")
+    revision: str | None = option(None, doc="branch, tag or commit of a hub data set")
+    format: str | None = option(None, doc="which known data set the rows are; `columns`: none; null: recognised")
+    columns: Any = option(None, doc="part -> column, where names do not tell: {prompt: task, chosen: good}")
+    winner: Any = option(None, doc="how a row says which answer won: a column, or a mapping")
+    axis: str | None = option(None, doc="what answers are compared by, where a data set has several")
+    transcripts: Literal["text", "messages"] = option("text", doc="`Human:`/`Assistant:` transcripts stay text or not")
+    chat: bool | None = option(None, doc="plain prompts are what a user says; null: by data set, else no")
+    ties: Literal["drop", "keep"] | None = option(None, doc="null: drop, unless the method reads ties")
+    diverging: Literal["keep", "drop"] = option("keep", doc="answers that part before their last turn")
+    filters: Any = option(None, doc="column -> condition for rows to keep (`>= 8`), or `recommended`")
     max_rows: int | None = option(None, at_least=1, doc="rows read, from the first; null: all")
-    weight: float = option(1.0, above=0, doc="share of the stream in the mixture")
+    weight: float = option(1.0, above=0, doc="share of the stream in the mixture; all 1: streams are joined")
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from align.core.options import option
+from align.core.options import check_all, option
 from align.core.progress import Progress, silent
 
 
@@ -22,6 +22,9 @@ class SamplingParams:
     top_k: int = option(0, at_least=0, doc="so many likeliest tokens; 0: all")
     seed: int = option(0, at_least=0, doc="seed of the draw")
 
+    def __post_init__(self) -> None:
+        check_all(self, "sampling")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
@@ -29,7 +32,8 @@ class Rollout:
 
     Attributes:
         ids: int64 [T], with the end token where the completion is finished.
-        logp: float32 [T], log-probabilities under the distribution that was drawn from (after temperature).
+        logp: float32 [T], log-probabilities under the distribution that was drawn from (after temperature, top_k and
+            top_p; at temperature 0 the model's own).
         text: the completion without its end token.
         finished: whether it ended by an end token; false where `max_new_tokens` cut it.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -104,6 +105,21 @@ def prepare(
     return Backend("padded", problem, where, model)
 
 
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """The attention a model runs single sequences with, as `generate` needs it; a back end's own is put back.
+
+    Under a back end's attention `generate` would drop a soft cap (`tree`), or compile for every length (`flex`).
+    """
+    owner = attention_owner(model)
+    before = attention_of(owner)
+    _set_plain(model, _plain_attention(model))
+    try:
+        yield
+    finally:
+        set_attention(owner, before)
+
+
 def _try(model: nn.Module, name: Name, device: torch.device, plain: str, probe: bool) -> str:
     """Set the model up for a back end; why it does not fit, or nothing."""
     owner = attention_owner(model)
@@ -113,14 +129,18 @@ def _try(model: nn.Module, name: Name, device: torch.device, plain: str, probe: 
     if not probe:
         return "" if _set(model, name, plain) else f"it does not accept the attention `{_attention_for(name, model)}`"
     try:
-        with probing.undisturbed(model):
-            _set_plain(model, plain)
-            trees = probing.probe_trees(model)
-            expected = probing.reference(model, trees)
-            if not _set(model, name, plain):
-                return f"it does not accept the attention `{_attention_for(name, model)}`"
-            packed = Backend(name, "", device, model).pack(trees)
-            return probing.difference(model, packed, expected)
+        for context in _computes(model, device):
+            with probing.undisturbed(model), context:
+                _set_plain(model, plain)
+                trees = probing.probe_trees(model)
+                expected = probing.reference(model, trees)
+                if not _set(model, name, plain):
+                    return f"it does not accept the attention `{_attention_for(name, model)}`"
+                packed = Backend(name, "", device, model).pack(trees)
+                problem = probing.difference(model, packed, expected)
+            if problem:
+                return problem
+        return ""
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
@@ -128,6 +148,15 @@ def _try(model: nn.Module, name: Name, device: torch.device, plain: str, probe: 
         return f"its forward fails there ({type(error).__name__}: {first_line}, attention {attention_of(owner)})"
     except ModelError as error:
         return error.what
+
+
+def _computes(model: nn.Module, device: torch.device) -> list[AbstractContextManager[Any]]:
+    """In which dtypes to probe: on a GPU half precision runs other kernels than float32, so both must agree."""
+    contexts: list[AbstractContextManager[Any]] = [nullcontext()]
+    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    if device.type == "cuda" and wide and torch.cuda.is_bf16_supported():
+        contexts.append(torch.autocast(device.type, dtype=torch.bfloat16))
+    return contexts
 
 
 def _unfit_by_configuration(model: nn.Module, name: Name) -> str:

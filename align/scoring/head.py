@@ -7,6 +7,8 @@ time, measured on CPU). Sums over the vocabulary are float32 even under bfloat16
 
 The head is *called* as a module, with its forward swapped for that call, so that hooks which gather a sharded weight
 run, before the forward and before the backward.
+
+On a GPU the plain log-probability is TRL's Triton kernel; the chunks here serve CPUs and every other functional.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from align.compat.trl import chunked_logp, has_logp_kernel
 from align.scoring.facts import LogitTransform
 from align.scoring.vocab import FUNCTIONALS, NEEDS_OTHER, Tile
 
@@ -167,7 +170,13 @@ def evaluate(
     if not is_plain_linear(head):
         return dict(zip(wanted, _evaluate_as_it_is(head, hidden, call), strict=True))
 
+    fused = _takes_kernel(head, hidden, wanted)
+
     def forward(states: Tensor) -> tuple[Tensor, ...]:
+        if fused:
+            plain: Any = head
+            rule = call.transform
+            return (chunked_logp(states, plain.weight, plain.bias, targets, rule.cap, rule.scale),)
         return _Chunks.apply(states, head.weight, head.bias, call)  # type: ignore[no-any-return]
 
     return dict(zip(wanted, call_swapped(head, forward, hidden), strict=True))
@@ -176,6 +185,16 @@ def evaluate(
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether the head does nothing but `linear`, so that its forward may be swapped. An adapter on it does more."""
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+
+
+def _takes_kernel(head: nn.Module, hidden: Tensor, wanted: tuple[str, ...]) -> bool:
+    """Whether TRL's Triton kernel does all that is wanted. It sums in float32; sharded weights need the hooks."""
+    exact = hidden.dtype == torch.float64
+    return wanted == ("logp",) and not exact and _on_gpu(hidden) and not is_sharded(head) and has_logp_kernel()
+
+
+def _on_gpu(hidden: Tensor) -> bool:
+    return hidden.is_cuda
 
 
 def is_sharded(head: nn.Module) -> bool:

@@ -28,7 +28,7 @@ class Reference:
 
     Attributes:
         values: float [N, T]. contrast: how far they move in a model that ignores the layout.
-        scale: root mean square of the logits (at least 1). dtype: of the model's hidden states.
+        scale: root mean square of the logits (at least 1). dtype: what the numbers are rounded to.
     """
 
     values: Tensor
@@ -76,6 +76,9 @@ def reference(model: nn.Module, trees: Sequence[Tree]) -> Reference:
         flat, _, _ = outputs(prompt, list(tree.branches[0]), list(tree.branches[1]))
         alone = rows[len(rows) - len(tree.branches) + 1][: len(flat)]
         contrast = max(contrast, float((flat - alone).abs().max()))
+    kind = rows[0].device.type
+    if torch.is_autocast_enabled(kind):  # the residual stream of float32 weights is float32 there, and not exact
+        dtype = torch.get_autocast_dtype(kind)
     return Reference(torch.stack(rows), contrast, max(1.0, float(np.mean(squares)) ** 0.5), dtype)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -21,11 +22,12 @@ from align.testing.bare import BARE_CHECKS
 
 @dataclass(frozen=True)
 class Check:
-    """One result: the check's name, the options it ran with, and what went wrong (empty if nothing did)."""
+    """One result: the check's name, the options it ran with, what went wrong (nothing: an empty text), and its time."""
 
     name: str
     options: str
     problem: str = ""
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -76,10 +78,12 @@ def check_method(method: str | type[Method] | Method, seed: int = 0, model: bool
 
 
 def _run(name: str, label: str, check: Callable[[Method, int], str], method: Method, seed: int) -> Check:
+    started = time.monotonic()
     try:
-        return Check(name, label, check(method, seed))
+        problem = check(method, seed)
     except Exception as error:  # noqa: BLE001  a check that a method breaks has failed, whatever is raised
-        return Check(name, label, f"{type(error).__name__}: {error}")
+        problem = f"{type(error).__name__}: {error}"
+    return Check(name, label, problem, time.monotonic() - started)
 
 
 def variants(cls: type[Method]) -> dict[str, Method]:

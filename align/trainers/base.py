@@ -116,8 +116,7 @@ class AlignTrainer(Trainer):
 
     def budget(self) -> int:
         """Tokens per micro-batch."""
-        given = self.args.tokens_per_micro_batch
-        return given if given is not None else (GPU_BUDGET if self.args.device.type == "cuda" else CPU_BUDGET)
+        return budget_of(self.args)
 
     def engine_for(self, module: Any) -> Engine:
         if self.engine is None:
@@ -428,6 +427,12 @@ class AlignTrainer(Trainer):
         if self.args.should_save:
             roles = self.accelerator.unwrap_model(self.model)
             checkpoints.save_roles(roles, folder, state, self.tokenizer)
+
+
+def budget_of(args: AlignConfig) -> int:
+    """Tokens per micro-batch that a run with these arguments starts with."""
+    given = args.tokens_per_micro_batch
+    return given if given is not None else (GPU_BUDGET if args.device.type == "cuda" else CPU_BUDGET)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from align.core.errors import ConfigError, DataError
 from align.data.groups import TokenGroup
+from align.data.known import Purpose
 from align.data.prepare import PreparedData, SourceSpec, prepare_data
 from align.data.rejected import RejectedLog
 from align.data.stream import GlobalBatch, GroupDataset, Hole, collate
@@ -90,23 +91,14 @@ class RunData:
         Raises:
             DataError: not readable, not fit for the method's view, or too many bad rows.
         """
-        tokenise = Tokeniser(
-            tokenizer,
-            method.view,
-            args.max_length,
-            score=args.score,  # type: ignore[arg-type]
-            truncation=args.truncation,  # type: ignore[arg-type]
-            chat_template=_template(args.chat_template),
-            pairs=args.pairs,  # type: ignore[arg-type]
-            needs=method.requires(),
-        )
+        tokenise = tokeniser_for(tokenizer, method, args)
         # Only rank 0 writes, each row once; a resumed run goes on with the file.
         path = Path(args.output_dir) / REJECTED_FILE if args.should_save else None
         resumes = args.resume != "never" and any(Path(args.output_dir).glob("checkpoint-*"))
         rejected = RejectedLog(path, args.max_bad_fraction, resume=resumes)
-        sides = [_side(train, tokenise, rejected)]
+        sides = [_side(train, tokenise, rejected, "train")]
         if evaluation is not None:
-            sides.append(_side(evaluation, tokenise, RejectedLog(None, args.max_bad_fraction)))
+            sides.append(_side(evaluation, tokenise, RejectedLog(None, args.max_bad_fraction), "eval"))
         return cls(sides[0], sides[1] if len(sides) > 1 else None)
 
     def note(self, batch: GlobalBatch) -> None:
@@ -147,13 +139,31 @@ class RunData:
         self.train.prepared.rejected.load_state_dict(state)
 
 
-def _side(given: Any, tokenise: Tokeniser, rejected: RejectedLog) -> DataSide:
-    prepared = prepare_data(_sources(given), tokenise, rejected=rejected)
+def tokeniser_for(tokenizer: Any, method: Method, args: AlignConfig) -> Tokeniser:
+    """How rows become tokens in a run with these arguments."""
+    return Tokeniser(
+        tokenizer,
+        method.view,
+        args.max_length,
+        score=args.score,  # type: ignore[arg-type]
+        truncation=args.truncation,  # type: ignore[arg-type]
+        chat_template=_template(args.chat_template),
+        pairs=args.pairs,  # type: ignore[arg-type]
+        needs=method.requires(),
+    )
+
+
+def _side(given: Any, tokenise: Tokeniser, rejected: RejectedLog, purpose: Purpose) -> DataSide:
+    prepared = prepare_data(_sources(given), tokenise, rejected=rejected, purpose=purpose)
     report = prepared.report
     logger.info(
         "%d rows, %d looked at: %d kept, %d bad, %d dropped",
         *(report[name] for name in ("rows", "looked", "kept", "bad", "dropped")),
     )
+    for reason, found in report["reasons"].items():
+        logger.info("left out: %d x %s (%s)", found["count"], reason, ", ".join(found["rows"]))
+    if rejected.path is not None and report["reasons"]:
+        logger.info("every row left out is in %s", rejected.path)
     return DataSide(prepared, _units(prepared, tokenise.view))
 
 

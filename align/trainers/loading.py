@@ -1,69 +1,27 @@
-"""Models and tokenizers: what is loaded, in which dtype, and what is refused."""
+"""What a run makes of a loaded model: frozen copies, no dropout, trainable weights in float32."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from align.core.errors import ModelError
+from align.scoring.loading import DTYPES, check_quantization, first_line, load_model, load_tokenizer, refuse_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError("the tokenizer cannot be loaded", where=name, why=first_line(error)) from error
-
-
-def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model from a folder or hub id, from safetensors only.
-
-    Raises:
-        ModelError: missing, pickled, a vision or encoder-decoder model, or one that needs its own code.
-    """
-    _check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        refuse_config(config, name)
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError("the model cannot be loaded", where=name, why=first_line(error), mend=_mend(error)) from error
-
-
-def refuse_config(config: Any, name: str) -> None:
-    """Vision and encoder-decoder models are refused with a sentence."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError("this is an encoder-decoder model", where=name, mend="align trains decoder-only models")
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        raise ModelError("this model reads images or sound", where=name, mend="align trains text models")
-
-
-def _check_folder(name: str) -> None:
-    folder = Path(name)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not folder.exists():
-        if looks_like_path:
-            raise ModelError("there is no such model folder", where=name, mend="give a folder or a hub id `owner/name`")
-        return
-    if not (folder / "config.json").is_file():
-        raise ModelError("there is no config.json in it", where=name, mend="give the folder of a saved model")
-    if not list(folder.glob("*.safetensors")) and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
-        raise ModelError(
-            "the weights are pickled",
-            where=name,
-            why="loading a pickle runs whatever code is in it",
-            mend="convert them: model.save_pretrained(folder) writes safetensors",
-        )
+__all__ = [
+    "DTYPES",
+    "check_quantization",
+    "disable_dropout",
+    "first_line",
+    "freeze",
+    "frozen_copy",
+    "frozen_weights",
+    "load_model",
+    "load_tokenizer",
+    "refuse_config",
+    "trainable_in_float32",
+]
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -111,14 +69,3 @@ def trainable_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-
-
-def first_line(error: BaseException) -> str:
-    """Of another library's message, which may run over many lines."""
-    return str(error).strip().split("\n", 1)[0]
-
-
-def _mend(error: BaseException) -> str:
-    if "trust_remote_code" in str(error):
-        return "read the code that the model brings, then set `model.trust_remote_code: true`"
-    return "check the path or id; hub models must be in the local cache when offline"

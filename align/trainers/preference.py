@@ -21,6 +21,7 @@ from align.trainers.data import RunData
 from align.trainers.engine import VALUE, Engine
 from align.trainers.loading import (
     DTYPES,
+    check_quantization,
     disable_dropout,
     load_model,
     load_tokenizer,
@@ -40,10 +41,12 @@ class PreferenceTrainer(AlignTrainer):
         model: folder or hub id, or a loaded causal LM.
         method: an id such as `simpo`, or an instance such as `SimPO(beta=2.5)`.
         args: the run's arguments.
-        train_dataset: path or hub id, list of rows, `datasets.Dataset`, or a list of `{name, split, winner, max_rows}`.
+        train_dataset: path or hub id, list of rows, `datasets.Dataset`, a list of `{name, split, winner, max_rows}`, or
+            `RunData` that was prepared before (with its evaluation data).
         eval_dataset: the same, held out.
         processing_class: the tokenizer; that of `model` by default.
         peft_config: a `peft` configuration; the policy is then the adapter alone.
+        quantization_config: a `BitsAndBytesConfig` of 4 bits for the frozen weights under an adapter (QLoRA).
         callbacks, optimizers: as in `transformers.Trainer`.
     """
 
@@ -58,11 +61,13 @@ class PreferenceTrainer(AlignTrainer):
         peft_config: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
     ) -> None:
         args = AlignConfig(output_dir="runs/align") if args is None else copy.copy(args)
         chosen = resolve_method(method)
         if train_dataset is None:
             raise ConfigError("there is no training data", mend="give train_dataset")
+        _refuse_quantization(model, quantization_config, peft_config, DTYPES[args.dtype])
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or ""
         set_seed(args.seed)  # an adapter is drawn before Trainer seeds
         tokenizer = processing_class or load_tokenizer(name, args.trust_remote_code)
@@ -71,12 +76,14 @@ class PreferenceTrainer(AlignTrainer):
             args.learning_rate = default_learning_rate(chosen.id, adapter)
         for caution in chosen.cautions():
             logger.warning("%s", caution)
-        data = RunData.prepare(train_dataset, eval_dataset, tokenizer, chosen, args)
+        data = train_dataset
+        if not isinstance(data, RunData):
+            data = RunData.prepare(train_dataset, eval_dataset, tokenizer, chosen, args)
         roles: dict[str, nn.Module] = {}
         _refuse_value_options(chosen, args)
         if VALUE in chosen.requires():
             roles[VALUE] = _value(model, args)
-        policy = roles["policy"] = _policy(model, args, peft_config)
+        policy = roles["policy"] = _policy(model, args, peft_config, quantization_config)
         self.reference: Reference | None = choose(chosen, args, policy, model if isinstance(model, str) else None)
         module = RoleModule(roles, DTYPES[args.dtype])
         super().__init__(module, chosen, args, data, tokenizer, callbacks, optimizers)
@@ -123,11 +130,25 @@ def resolve_method(method: str | Method) -> Method:
     )
 
 
-def _policy(model: str | nn.Module, args: AlignConfig, peft_config: Any) -> nn.Module:
+def _refuse_quantization(model: str | nn.Module, quantization: Any, peft_config: Any, dtype: torch.dtype) -> None:
+    """Before data are read."""
+    if quantization is None:
+        return
+    if not isinstance(model, str):
+        raise ConfigError("`quantization_config` for a model that is loaded", mend="give its folder or hub id instead")
+    if peft_config is None:
+        raise ConfigError(
+            "`quantization_config` without `peft_config`", why="4-bit weights have no gradient", mend="give peft_config"
+        )
+    check_quantization(quantization, dtype)
+
+
+def _policy(model: str | nn.Module, args: AlignConfig, peft_config: Any, quantization: Any = None) -> nn.Module:
     dtype = DTYPES[args.dtype]
     if isinstance(model, str):
         # What is trained is float32 whatever the compute dtype; what an adapter leaves frozen takes the compute dtype.
-        policy: Any = load_model(model, dtype if peft_config is not None else torch.float32, args.trust_remote_code)
+        kept = dtype if peft_config is not None else torch.float32
+        policy: Any = load_model(model, kept, args.trust_remote_code, quantization, args.device)
     else:
         policy = model
         refuse_config(policy.config, str(getattr(policy, "name_or_path", "model")))

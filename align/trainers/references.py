@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from align.compat.accelerate import is_deepspeed
+from align.compat.bitsandbytes import quantisation_of
 from align.core.errors import ConfigError
+from align.core.hashing import digest
 from align.methods.base import Method
 from align.reference import (
     AdapterOff,
@@ -111,6 +113,10 @@ def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> Non
 def _second_model(args: AlignConfig, policy: nn.Module, source: str | None, kind: str) -> nn.Module:
     # An EMA of a small weight would not move in bfloat16.
     dtype = torch.float32 if kind == "ema" else DTYPES[args.dtype]
+    quantization = quantisation_of(policy)
+    if quantization is not None and source is not None and args.reference_model is None:
+        # The starting policy is the quantised model; as it was before, it would be another one.
+        return freeze(load_model(source, dtype, args.trust_remote_code, quantization, args.device))
     if source is not None:
         return freeze(frozen_weights(load_model(source, torch.float32, args.trust_remote_code), dtype))
     if hasattr(policy, "peft_config"):
@@ -167,7 +173,11 @@ def build_column(
         column = Ema(model, args.ema_decay, args.ema_every) if reference.kind == "ema" else Frozen(model)
     if not reference.cached:
         return column
-    key = store_key(_weights(reference, roles), dtype=args.dtype, backend=backend.name)
+    weights = _weights(reference, roles)
+    quantization = quantisation_of(roles.policy)
+    if quantization is not None and args.reference_model is None:
+        weights = digest([weights, quantization.to_dict()])
+    key = store_key(weights, dtype=args.dtype, backend=backend.name)
     store = LogpStore(args.reference_cache or default_cache_dir(), key)
     logger.info("reference log-probs are cached in %s (%d there)", store.path, len(store))
     return Cached(store, live=column, pack=lambda trees: backend.pack(trees, accelerator.device), any_rank=any_rank)

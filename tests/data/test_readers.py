@@ -14,7 +14,8 @@ import pytest
 from align.core.errors import DataError
 from align.data import transcripts as hh
 from align.data.groups import Group, RowId
-from align.data.readers import Reader, reader_for
+from align.data.reader import Reader
+from align.data.readers import reader_for
 from align.data.rows import RowError
 from align.data.sources import open_source
 
@@ -214,8 +215,8 @@ def test_a_label_decides_the_winner(value: str, winner: str, loser: str, tie: bo
     ("row", "options", "words"),
     [
         ({"prompt": "q", "response_0": "a", "response_1": "b", "pref": 1}, {}, "no name tells which wins"),
-        ({"prompt": "q", "response_j": "a", "response_k": "b"}, {}, "no name tells which wins"),
-        ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, {}, "no name tells which wins"),
+        ({"prompt": "q", "answer_a": "a", "answer_b": "b", "label": 1}, {}, "no name tells which wins"),
+        ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 1}, {}, "no name tells which wins"),
         ({"prompt": "q", "completion": "a", "label": 4}, {}, "is no yes or no: 4"),
         ({"prompt": "q", "completions": ["a", "b"], "quality": [1, 2]}, {}, "nothing tells which are better"),
         ({"instruction": "q", "input": "x", "output": "a"}, {}, "several columns may be the prompt"),

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import align
-from align.cli import demo, train
+from align.cli import train
 from align.cli.main import main, show
 from align.core.errors import ConfigError, DataError
 from align.core.registry import METHODS
+from tests.recipe.small import small_run
 
 
 def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def test_light_commands_import_nothing_heavy(words: list[str], root: Path) -> No
 
 def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
-    listed = {entry["id"]: entry for entry in json.loads(capsys.readouterr().out)}
+    listed = {entry["id"]: entry for entry in json.loads(capsys.readouterr().out) if entry["kind"] == "method"}
     assert set(listed) == set(METHODS.entries())
     assert listed["dpo"]["options"] == {"beta": 0.1}
     assert main(["methods"]) == 0
@@ -74,7 +75,7 @@ def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.schema, "load", interrupt)
+    monkeypatch.setattr(train.schema, "read", interrupt)
     assert main(["train", "x.yaml"]) == 130
 
 
@@ -106,7 +107,7 @@ def test_several_devices_start_accelerate_once(monkeypatch: pytest.MonkeyPatch) 
         started.append(command)
         raise Started
 
-    monkeypatch.setattr(train.schema, "load", lambda *_: None)
+    monkeypatch.setattr(train.schema, "read", lambda *_: (None, {}))
     monkeypatch.setattr(train, "visible_devices", lambda: 4)
     monkeypatch.setattr(os, "execv", execv)
     for mark in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
@@ -132,17 +133,9 @@ def test_the_launcher_knows_the_command() -> None:
     assert parsed.training_script_args == ["train", "r.yaml", "--train.seed", "1"]
 
 
-def test_demo_numbers_are_new(tmp_path: Path) -> None:
-    assert demo.next_free(tmp_path) == tmp_path / "demo-1"
-    (tmp_path / "demo-1").mkdir()
-    assert demo.next_free(tmp_path) == tmp_path / "demo-2"
-
-
 def test_from_a_recipe_to_a_model_and_back(tmp_path: Path) -> None:
     """Trains, continues, refuses another recipe, and runs from outside the repository."""
-    from align.testing.tiny import random_pairs
-
-    recipe = demo.prepare(tmp_path / "d", random_pairs(48, seed=0), random_pairs(16, seed=1), steps=4)
+    recipe = small_run(tmp_path / "d", steps=4)
     first = run("train", str(recipe), "train.save_steps=2", "--train.logging_steps", "1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "done: " in first.stdout
@@ -164,16 +157,6 @@ def test_from_a_recipe_to_a_model_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_learns_in_under_a_minute(tmp_path: Path) -> None:
-    done = run("demo", "--output", str(tmp_path / "demo"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("held-out pairs"))
-    before, after = (int(word.rstrip("%")) for word in line.split() if word.endswith("%"))
-    assert before <= 75
-    assert after >= 95
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -184,9 +167,7 @@ def test_the_demo_learns_in_under_a_minute(tmp_path: Path) -> None:
 )
 def test_under_a_launcher(launcher: list[str], tmp_path: Path) -> None:
     """The same line trains; an error that all ranks share is printed once, by whichever process speaks for it."""
-    from align.testing.tiny import random_pairs
-
-    recipe = demo.prepare(tmp_path / "d", random_pairs(48, seed=0), random_pairs(16, seed=1), steps=2)
+    recipe = small_run(tmp_path / "d", steps=2)
 
     def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 
 from align.core.errors import ConfigError
 from align.core.options import declared
+from align.data.prepare import SourceSpec
 from align.recipe import run
 from align.recipe.sections import Data, Eval, MethodChoice, Model, Peft, Recipe, Reference, Stream, Train
 
@@ -130,5 +131,6 @@ def test_every_adapter_option_reaches_peft() -> None:
 def test_every_stream_option_reaches_the_trainer() -> None:
     stream = Stream(name="~/d", split="s", winner="w", max_rows=3)
     made = run._stream(stream)
-    assert made == {"name": str(Path("~/d").expanduser()), "split": "s", "winner": "w", "max_rows": 3}
-    assert {field.name for field in dataclasses.fields(Stream)} - set(made) == {"weight"}  # refused unless 1
+    assert made == {**dataclasses.asdict(stream), "name": str(Path("~/d").expanduser())}
+    assert set(made) == set(SourceSpec.__dataclass_fields__)
+    assert {field.name for field in dataclasses.fields(Stream)} == set(made)

@@ -170,7 +170,7 @@ def test_all_faults_at_once_with_their_lines(write: Write) -> None:
         (["data.train=null"], "`data.train` is missing"),
         (["data.train=nowhere.jsonl"], "there is no `nowhere.jsonl`"),
         (["data.train.0=./nowhere"], "there is no `./nowhere`"),
-        (["data.train.1.weight=0.5"], "not yet mixed"),
+        (["data.train.1.weight=0"], "> 0"),
         (["data.train.1.max_rows=0"], ">= 1"),
         (["data.chat_template=nowhere.jinja"], "no chat template"),
         (["data.max_bad_fraction=2"], "<= 1"),
@@ -196,7 +196,6 @@ def test_faults(write: Write, overrides: list[str], message: str) -> None:
         (["method=kto", "data.pairs=all"], "data.pairs"),
         (["eval.best=null"], "eval.patience"),
         (["eval.every=null"], "data.eval"),
-        (["data.eval=null"], "eval.best"),
     ],
 )
 def test_what_nothing_reads_is_an_error(write: Write, overrides: list[str], key: str) -> None:
@@ -234,12 +233,3 @@ def test_a_method_from_outside(write: Write, tmp_path: Path, monkeypatch: pytest
     path = write(GOOD.replace("{name: dpo, beta: 2e-1}", "{name: 'own_method:Own', weight: 2}"))
     assert schema.load(path).method.options == {"weight": 2.0}
     assert "did you mean `weight`" in faults(path, "method.wieght=3")[0]
-
-
-def test_shipped_recipes_resolve(root: Path) -> None:
-    found = sorted((root / "recipes").glob("*.yaml"))
-    assert len(found) >= 3
-    for path in found:
-        recipe = schema.load(path)
-        assert recipe.provenance.paper, path
-        assert recipe.provenance.checked, path

@@ -1,0 +1,252 @@
+"""A page from what a finished run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import CheckpointError
+from align.report.page import write_page
+from align.report.sections import Cell, Code, Curve, DataReport, Part, Section, Table, Verdict
+
+LOG, RECIPE, PROVENANCE, REJECTED = "log.jsonl", "recipe.yaml", "provenance.json", "rejected.jsonl"
+PAGE = "report.html"
+_EVAL = "eval_"
+_CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "loss": ("Loss", "loss", {"loss": ""}),
+    "rewards/accuracies": ("Reward accuracy", "share of pairs, chosen above rejected", {"rewards/accuracies": ""}),
+    "rewards/margins": ("Reward margin", "implicit reward, chosen minus rejected", {"rewards/margins": ""}),
+    "rewards/chosen": ("Rewards", "implicit reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    "grad_norm": ("Gradient norm", "norm before clipping", {"grad_norm": ""}),
+    "learning_rate": ("Learning rate", "learning rate", {"learning_rate": ""}),
+}
+"""First metric of a curve -> title, y label, and its metrics with their names in the legend. In the page's order."""
+_NOT_CURVES = {"step", "epoch", "train_runtime", "total_flos", "train_loss"}
+_EXAMPLES = 3
+
+
+def data_page(report: Mapping[str, Any], path: str | Path, title: str = "Data report") -> Path:
+    """Write a data report (`align data --json`) as a page.
+
+    Raises:
+        AlignError: see `write_page`.
+    """
+    return write_page(path, title, [DataReport(report)])
+
+
+def run_page(output_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Write the page of a run, by default `report.html` in its folder; one process calls it.
+
+    Raises:
+        CheckpointError: the folder has no `log.jsonl`, or the page cannot be written.
+        AlignError: see `write_page`.
+    """
+    folder = Path(output_dir).expanduser()
+    sections = run_sections(folder)
+    method = _method_and_model(folder)
+    return write_page(path or folder / PAGE, "Run " + "/".join(folder.resolve().parts[-2:]), sections, subtitle=method)
+
+
+def run_sections(output_dir: str | Path) -> list[Section | Part]:
+    """The sections of a run's page, for a page of one's own.
+
+    Raises:
+        CheckpointError: the folder has no `log.jsonl`.
+    """
+    folder = Path(output_dir).expanduser()
+    log, torn = _lines(folder / LOG)
+    steps = [entry for entry in log if "train_runtime" not in entry]
+    summary = next((entry for entry in reversed(log) if "train_runtime" in entry), None)
+    evaluations = [entry for entry in steps if any(key.startswith(_EVAL) for key in entry)]
+    curves, more = _curves(steps)
+    note = f"{torn} lines of {LOG} could not be read." if torn else ""
+    found: list[Section | Part] = [_verdict(steps, evaluations, summary)]
+    if curves or note:
+        found.append(Section("Curves", curves, note))
+    if evaluations:
+        found.append(_evaluation_table(evaluations))
+    rejected = folder / REJECTED
+    if rejected.is_file():
+        found.append(_rejected(rejected))
+    if more:
+        found.append(Section("More curves", more, folded=True))
+    return [*found, *_records(folder, summary)]
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a JSONL file, and how many lines are none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(
+            f"`{path.name}` cannot be read",
+            where=str(path),
+            why=f"{error.strerror}: the folder is not that of a run that has logged",
+            mend="name the `train.output_dir` of a run",
+        ) from error
+    entries: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return entries, len(lines) - len(entries)
+
+
+def _curves(steps: list[dict[str, Any]]) -> tuple[list[Part], list[Part]]:
+    """The curves that matter, and all others."""
+    keys = list(dict.fromkeys(key for entry in steps for key in entry))
+    names = list(dict.fromkeys(key.removeprefix(_EVAL) for key in keys if key not in _NOT_CURVES))
+    first: list[Part] = []
+    shown: set[str] = set()
+    for title, label, metrics in _CURVES.values():
+        curve = _curve(title, label, metrics, steps)
+        if curve.series:
+            first.append(curve)
+            shown |= metrics.keys()
+    more: list[Part] = []
+    for name in names:
+        if name in shown:
+            continue
+        stem = name.rpartition("/")[0]
+        together = [other for other in names if stem and other.rpartition("/")[0] == stem and other not in shown] or [
+            name
+        ]
+        shown |= set(together)
+        metrics = {metric: metric.removeprefix(f"{stem}/") if stem else "" for metric in together}
+        label = _words(stem or name)
+        curve = _curve(label[:1].upper() + label[1:], label, metrics, steps)
+        if curve.series:
+            more.append(curve)
+    return first, more
+
+
+def _curve(title: str, label: str, metrics: Mapping[str, str], steps: Iterable[Mapping[str, Any]]) -> Curve:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for prefix, when in (("", "training"), (_EVAL, "evaluation")):
+        for metric, legend in metrics.items():
+            key = prefix + metric
+            points = _points(steps, key)
+            if points:
+                series[f"{legend}, {when}" if legend else when] = points
+    return Curve(title, "optimiser step", label, series)
+
+
+def _verdict(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: Mapping[str, Any] | None
+) -> Verdict:
+    last = steps[-1]["step"] if steps else 0
+    end = (
+        ""
+        if summary
+        else f" The run has no end in its log: it was stopped, or goes on. The last logged step is {last}."
+    )
+    losses = _points(evaluations, "eval_loss")
+    if not losses:
+        trained = _points(steps, "loss")
+        text = f"The training loss went {_way(trained)}." if trained else "No loss was logged."
+        return Verdict(f"{text} There was no evaluation, so nothing is known of other data.{end}")
+    if not math.isfinite(losses[-1][1]):
+        return Verdict(f"The loss on evaluation data is not a finite number at step {losses[-1][0]}.{end}", good=False)
+    accuracy = _points(evaluations, "eval_accuracy")
+    text = f"On evaluation data the loss went {_way(losses)}"
+    text += f", the accuracy {_way(accuracy)}." if accuracy else "."
+    good = None if len(losses) == 1 else losses[-1][1] < losses[0][1]
+    return Verdict(text + end, good=good)
+
+
+def _points(steps: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in steps if _is_number(entry.get(key)) and "step" in entry]
+
+
+def _way(values: list[tuple[int, float]]) -> str:
+    (first_step, first), (last_step, last) = values[0], values[-1]
+    if len(values) == 1:
+        return f"to {first:.4g} at step {first_step}"
+    return f"from {first:.4g} at step {first_step} to {last:.4g} at step {last_step}"
+
+
+def _evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(key for entry in evaluations for key in entry if key.startswith(_EVAL)))
+    rows: list[list[Cell]] = []
+    for name in names:
+        values = [entry[name] for entry in evaluations if _is_number(entry.get(name))]
+        if values:
+            rows.append([name.removeprefix(_EVAL), values[0], values[-1], values[-1] - values[0]])
+    first, last = evaluations[0].get("step"), evaluations[-1].get("step")
+    columns = ["measure", f"first, step {first}", f"last, step {last}", "change"]
+    return Table("Evaluation", columns, rows, "The first evaluation is not the model before training.")
+
+
+def _rejected(path: Path) -> Table:
+    entries, torn = _lines(path)
+    kinds = [
+        (str(entry.get("kind")), f"{entry.get('field') or ''}: {entry.get('reason')}".removeprefix(": "))
+        for entry in entries
+    ]
+    places: dict[tuple[str, str], list[str]] = {}
+    for kind, entry in zip(kinds, entries, strict=True):
+        places.setdefault(kind, []).append(f"{Path(str(entry.get('file'))).name}:{entry.get('row')}")
+    rows: list[list[Cell]] = [
+        [reason, kind, count, ", ".join(places[kind, reason][:_EXAMPLES])]
+        for (kind, reason), count in Counter(kinds).most_common()
+    ]
+    note = f"{torn} lines of {REJECTED} could not be read." if torn else ""
+    return Table("Rows left out", ["reason", "kind", "rows", "for example"], rows, note)
+
+
+def _records(folder: Path, summary: Mapping[str, Any] | None) -> list[Section]:
+    parts: list[Part] = []
+    if summary:
+        parts.append(
+            Table("End of training", ["name", "value"], _facts({k: v for k, v in summary.items() if k != "step"}))
+        )
+    record = _read(folder / PROVENANCE)
+    if record:
+        try:
+            parts.append(Table("Provenance", ["name", "value"], _facts(json.loads(record))))
+        except ValueError:
+            parts.append(Code("Provenance", record, "text"))
+    recipe = _read(folder / RECIPE)
+    found = [Section("Recipe", [Code("Recipe", recipe, "yaml")])] if recipe else []
+    return [*found, Section("Record", parts)] if parts else found
+
+
+def _facts(value: Any, path: tuple[str, ...] = ()) -> list[list[Cell]]:
+    """A nested record as (name, value) rows."""
+    if isinstance(value, Mapping):
+        return [row for key, item in value.items() for row in _facts(item, (*path, _words(str(key))))]
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return [[", ".join(path), value]]
+
+
+def _method_and_model(folder: Path) -> str:
+    """The line under the title: method and model, where the recipe can be read."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(_read(folder / RECIPE) or "")
+        return f"{recipe['method']['name']}, {recipe['model']['name']}"
+    except (yaml.YAMLError, KeyError, TypeError):
+        return ""
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")

@@ -1,0 +1,80 @@
+"""Prompts -> the token ids a model is asked with: the same as those that training scores completions after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from align.core.errors import DataError
+from align.data.chat import Chat
+from align.data.encode import Encoder
+from align.data.groups import Message
+from align.data.rows import RowError
+
+Prompt = str | Sequence[Message]
+
+
+class PromptEncoder:
+    """Turns prompts into ids, as `data.Tokeniser` does.
+
+    Plain text gets the tokenizer's BOS once. Messages are rendered by the chat template with what asks the assistant to
+    speak; special tokens are the template's business.
+
+    Args:
+        chat_template: None or "model" for the tokenizer's own, else the text of a template or the path of a file.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.encoder = Encoder(tokenizer)
+        self._template = chat_template
+        self._chat: Chat | None = None
+
+    @property
+    def chat(self) -> Chat:
+        """Made (and checked) at the first conversation. Raises `ModelError` without a fit template."""
+        if self._chat is None:
+            self._chat = Chat(self.encoder, self._template)
+        return self._chat
+
+    def __call__(self, prompt: Prompt, tools: Any = None) -> list[int]:
+        """The ids of a prompt.
+
+        Raises:
+            RowError: the template refuses the messages; or an empty text, and no BOS to start from.
+            ModelError: messages, and no chat template that keeps prefixes.
+        """
+        if isinstance(prompt, str):
+            ids = self.encoder.with_start(self.encoder.ids(prompt))
+        else:
+            ids = self.encoder.ids(self.chat.render(prompt, tools, ask=True))
+        if not ids:
+            raise RowError("prompt", "empty, and the tokenizer has no BOS to start from")
+        return ids
+
+    @property
+    def end_of_turn(self) -> frozenset[int]:
+        """The token that ends an assistant's turn in the chat template, where it is a special one (`<|im_end|>`)."""
+        user = ({"role": "user", "content": "a"},)
+        try:
+            asked = self.chat.render(user, ask=True)
+            whole = self.chat.render((*user, {"role": "assistant", "content": "a"}))
+        except RowError:
+            return frozenset()
+        for token in reversed(self.encoder.ids(whole.removeprefix(asked))):
+            if token in self.encoder.special or token == self.encoder.eos:
+                return frozenset({token})
+            if self.encoder.decode([token]).strip():
+                break
+        return frozenset()
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template: str | None = None) -> list[int]:
+    """The ids of one prompt; make a `PromptEncoder` for many.
+
+    Raises:
+        DataError: the prompt cannot be encoded. ModelError: messages, and no fit chat template.
+    """
+    try:
+        return PromptEncoder(tokenizer, chat_template)(prompt)
+    except RowError as error:
+        raise DataError(str(error), where="the prompt") from error

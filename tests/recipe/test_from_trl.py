@@ -1,0 +1,259 @@
+"""TRL configurations as recipes: what each key becomes, what is refused, and that the result loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.main import main
+from align.core.errors import ConfigError, ErrorList
+from align.recipe import schema
+from align.recipe.from_trl import Converted, convert
+
+COMMON = "model_name_or_path: Qwen/Qwen2-0.5B-Instruct\ndataset_name: a/b\noutput_dir: out\n"
+DPO = """\
+model_name_or_path: alignment-handbook/zephyr-7b-sft-full
+attn_implementation: flash_attention_2
+dataset_name: HuggingFaceH4/ultrafeedback_binarized
+dataset_train_split: train_prefs
+dataset_test_split: test_prefs
+bf16: true
+loss_type: sigmoid
+beta: 0.01
+eval_strategy: steps
+eval_steps: 100
+gradient_accumulation_steps: 2
+per_device_train_batch_size: 8
+learning_rate: 5.0e-7
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+max_length: 1024
+max_prompt_length: 512
+num_train_epochs: 1
+optim: adamw_torch
+output_dir: data/zephyr-7b-dpo-full
+push_to_hub: true
+save_strategy: steps
+save_steps: 50
+"""
+
+
+def made(folder: Path, text: str, name: str = "config", **options: Any) -> Converted:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    found = convert(path, **options)
+    recipe = folder / f"{name}-recipe.yaml"
+    recipe.write_text(found.text)
+    loaded = schema.load(recipe)
+    assert loaded.method.name == found.recipe["method"]["name"]
+    return found
+
+
+def faults(folder: Path, text: str, **options: Any) -> list[str]:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        convert(path, **options)
+    error = caught.value
+    return [str(one) for one in (error.errors if isinstance(error, ErrorList) else (error,))]
+
+
+def test_dpo(tmp_path: Path) -> None:
+    found = made(tmp_path, DPO, trainer="dpo", processes=8)
+    assert found.recipe["model"] == {
+        "name": "alignment-handbook/zephyr-7b-sft-full",
+        "dtype": "bfloat16",
+        "gradient_checkpointing": True,
+    }
+    assert found.recipe["method"] == {"name": "dpo", "beta": 0.01}
+    assert found.recipe["data"] == {
+        "train": [{"name": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"}],
+        "eval": [{"name": "HuggingFaceH4/ultrafeedback_binarized", "split": "test_prefs"}],
+        "max_length": 1024,
+    }
+    train = found.recipe["train"]
+    assert (train["learning_rate"], train["global_batch_size"], train["warmup_steps"]) == (5e-7, 128, 0.1)
+    assert (train["num_train_epochs"], train["lr_scheduler_type"], train["save_steps"]) == (1, "cosine", 50)
+    assert found.recipe["eval"] == {"every": 100}
+    said = {note.key: note for note in found.notes}
+    assert set(yaml.safe_load(DPO)) <= set(said)  # every key is accounted for
+    assert said["attn_implementation"].became == "" and "model.backend" in said["attn_implementation"].says
+    assert said["beta"].line == 8 and said["max_prompt_length"].became == ""
+    assert "8 a device x 2 accumulated x 8 processes" in said["per_device_train_batch_size"].says
+
+
+def test_defaults_of_trl_that_differ_are_written_out(tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    found = made(tmp_path, COMMON, trainer="dpo")
+    theirs = DPOConfig(output_dir=str(tmp_path / "o"), bf16=False)
+    train = found.recipe["train"]
+    assert train["learning_rate"] == theirs.learning_rate
+    assert train["num_train_epochs"] == theirs.num_train_epochs
+    assert train["global_batch_size"] == theirs.per_device_train_batch_size
+    assert train["warmup_steps"] == theirs.warmup_steps and train["lr_scheduler_type"] == theirs.lr_scheduler_type
+    assert found.recipe["data"]["max_length"] == theirs.max_length
+    assert found.recipe["method"]["beta"] == theirs.beta
+    assert "eval" not in found.recipe and "eval" not in found.recipe["data"]
+    assert any("assumed" in note.says and "--processes" in note.says for note in found.notes)
+
+
+def test_qlora(tmp_path: Path) -> None:
+    adapter = "use_peft: true\nload_in_4bit: true\nlora_r: 128\nuse_bnb_nested_quant: true\n"
+    adapter += "lora_target_modules: [all-linear]\n"
+    found = made(tmp_path, COMMON + adapter, trainer="dpo")
+    assert found.recipe["model"]["peft"] == {
+        "r": 128,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": "all-linear",
+    }
+    assert found.recipe["model"]["quantization"] == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    plain = made(tmp_path, COMMON + "use_peft: true\n", trainer="dpo").recipe["model"]
+    assert plain["peft"]["target_modules"] is None and "quantization" not in plain  # PEFT's own list, as in TRL
+    unused = made(tmp_path, COMMON + "lora_r: 8\n", trainer="dpo")
+    assert "peft" not in unused.recipe["model"]
+    assert next(note for note in unused.notes if note.key == "lora_r").says == "unused: `use_peft` is off"
+
+
+@pytest.mark.parametrize(
+    ("text", "trainer", "method"),
+    [
+        ("loss_type: ipo\nbeta: 0.3\n", None, {"name": "ipo", "tau": 0.3, "normalize": "token"}),
+        ("loss_type: [sigmoid]\nbeta: 0.3\n", None, {"name": "dpo", "beta": 0.3}),
+        ("loss_type: sigmoid\nlabel_smoothing: 0.1\n", None, {"name": "dpo", "beta": 0.1}),
+        (
+            "desirable_weight: 1.5\nbeta: 0.2\n",
+            None,
+            {"name": "kto", "beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 1.0},
+        ),
+        (
+            "loss_type: simpo\nbeta: 2.5\nsimpo_gamma: 1.25\ncpo_alpha: 0\n",
+            None,
+            {"name": "simpo", "beta": 2.5, "gamma_ratio": 0.5, "sft_weight": 0.0},
+        ),
+        (
+            "loss_type: simpo\nbeta: 2\nlabel_smoothing: 0.1\n",
+            "cpo",
+            {"name": "simpo", "beta": 2.0, "gamma_ratio": 0.25, "label_smoothing": 0.1, "sft_weight": 1.0},
+        ),
+        ("beta: 0.05\n", "orpo", {"name": "orpo", "lambda": 0.05}),
+        ("min_density_ratio: 0.4\n", None, {"name": "bco", "beta": 0.1, "clip": [0.4, 10.0]}),
+        ("packing: true\nassistant_only_loss: true\n", None, {"name": "sft"}),
+    ],
+)
+def test_objectives(tmp_path: Path, text: str, trainer: str | None, method: dict[str, Any]) -> None:
+    found = made(tmp_path, COMMON + text, trainer=trainer)
+    assert found.recipe["method"] == method
+    if "assistant_only_loss" in text:
+        assert found.recipe["data"]["score"] == "all"
+
+
+def test_reference_schedule_and_rest(tmp_path: Path) -> None:
+    text = COMMON + (
+        "sync_ref_model: true\nref_model_mixup_alpha: 0.5\nref_model_sync_steps: 64\nmax_steps: 300\nwarmup_steps: 30\n"
+        "eval_strategy: epoch\nnum_train_epochs: 4\nload_best_model_at_end: true\nreport_to: [none]\n"
+        "metric_for_best_model: eval_rewards/accuracies\nseed: 7\nmax_grad_norm: 0.5\nweight_decay: 0.1\nbf16: false\n"
+    )
+    recipe = made(tmp_path, text, trainer="dpo").recipe
+    assert recipe["reference"] == {"kind": "ema", "decay": 0.5, "every": 64}
+    assert recipe["train"]["max_steps"] == 300 and "num_train_epochs" not in recipe["train"]
+    assert recipe["train"]["warmup_steps"] == 30
+    assert (recipe["train"]["seed"], recipe["train"]["max_grad_norm"], recipe["train"]["weight_decay"]) == (7, 0.5, 0.1)
+    assert recipe["eval"] == {"every": 0.25, "best": "accuracy"} and recipe["model"]["dtype"] == "float32"
+    cached = made(tmp_path, COMMON + "precompute_ref_log_probs: true\n", trainer="dpo").recipe
+    assert cached["reference"] == {"kind": "cached"}
+
+
+def test_mixtures(tmp_path: Path) -> None:
+    text = "model_name_or_path: m/m\ndatasets:\n  - {path: a/b}\n  - {path: c/d, split: train_prefs}\n"
+    recipe = made(tmp_path, text, trainer="dpo").recipe
+    assert recipe["data"]["train"] == [{"name": "a/b", "split": "train"}, {"name": "c/d", "split": "train_prefs"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.1]\n",
+            (":4: several losses at once: sigmoid, sft", "`rpo`"),
+        ),
+        ("loss_type: exo_pair\n", (":4: `loss_type: exo_pair` is not converted", "exo")),
+        ("loss_type: apo_zero\n", ("apo_zero", "not here yet")),
+        ("f_divergence_type: js_divergence\n", (":4: ", "js_divergence", "changes the loss")),
+        ("use_weighting: true\n", (":4: ", "use_weighting")),
+        ("load_in_8bit: true\nuse_peft: true\n", (":4: 8-bit", "load_in_4bit")),
+        ("load_in_4bit: true\n", ("without `use_peft`",)),
+        ("fp16: true\n", (":4: float16", "bf16")),
+        ("learning_rat: 1\n", (":4: ", "no `learning_rat`", "did you mean `learning_rate`")),
+        ("disable_dropout: false\n", (":4: ", "step zero")),
+        ("adam_beta2: 0.95\n", (":4: ", "0.999")),
+        ("lr_scheduler_kwargs: {min_lr: 1e-8}\n", (":4: ", "usual form")),
+        ("max_length: null\n", (":4: `max_length` is null",)),
+    ],
+)
+def test_what_changes_the_objective_and_has_no_counterpart_is_refused(
+    tmp_path: Path, text: str, words: tuple[str, ...]
+) -> None:
+    (one,) = faults(tmp_path, COMMON + text, trainer="dpo")
+    assert one.startswith(str(tmp_path / "config.yaml"))
+    assert all(word in one for word in words), one
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    text = "dataset_nam: x\nloss_type: robust\nfp16: true\n"
+    found = faults(tmp_path, text, trainer="dpo")
+    assert len(found) == 5  # the unknown key, the loss, fp16, no model, no data set
+
+
+def test_cpo_and_kto_losses_without_counterpart(tmp_path: Path) -> None:
+    (one,) = faults(tmp_path, COMMON + "cpo_alpha: 1\n")
+    assert "CPOTrainer's `loss_type: sigmoid`" in one
+    (one,) = faults(tmp_path, COMMON + "loss_type: apo_zero_unpaired\n")
+    assert "apo_zero_unpaired" in one
+    (one,) = faults(tmp_path, COMMON + "loss_type: dft\n")
+    assert "dft" in one
+
+
+def test_whose_file_it_is(tmp_path: Path) -> None:
+    assert made(tmp_path, COMMON, name="my_orpo").trainer == "orpo"
+    (one,) = faults(tmp_path, COMMON)
+    assert "--trainer" in one
+    (one,) = faults(tmp_path, COMMON + "cpo_alpha: 1\ndesirable_weight: 1\n")
+    assert "`cpo_alpha` of cpo" in one and "`desirable_weight` of kto" in one
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "trl_dpo.yaml", tmp_path / "mine.yaml"
+    source.write_text(DPO)
+    words = ["recipes", "import", str(source), "--processes", "2"]
+    assert main([*words, "--output", str(target)]) == 0
+    said = capsys.readouterr()
+    assert schema.load(target).train.global_batch_size == 32
+    assert "line 7: loss_type: 'sigmoid' -> method.name" in said.err and "align check" in said.out
+    assert main([*words, "--output", str(target)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["trainer"] == "dpo" and document["recipe"]["method"]["beta"] == 0.01
+    assert {"key": "beta", "value": 0.01, "line": 8, "became": "method.beta", "says": ""} in document["keys"]
+    assert main(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"]["name"] == "dpo"
+    assert main(["recipes", "import", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_shortage_of_this_machine_does_not_stop_the_conversion(tmp_path: Path) -> None:
+    path = tmp_path / "dpo.yaml"
+    path.write_text(COMMON + "report_to: [swanlab, wandb]\nmax_steps: 5\n")
+    found = convert(path)
+    assert found.recipe["train"]["report_to"] == "swanlab"
+    assert any("does not load here yet" in note.says and "pip install swanlab" in note.says for note in found.notes)
