@@ -42,7 +42,7 @@ def main() -> None:
     result = {
         "what": f"python -m align check, {options.rows} pairs, median of {options.rounds}",
         **provenance(),
-        "load_before": os.getloadavg()[0],
+        "load_average_after": os.getloadavg()[0],
         "model": model,
         "rows": options.rows,
         "megabytes": round(size / 1e6, 1),

@@ -61,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # libraries that print
+        console.set_up_logging(quiet=True)
         params, sides = _sides(options)
     chat = _Chat(sides, params, options.json)
     for line in _lines(options.json):
@@ -78,14 +79,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _sides(options: argparse.Namespace) -> tuple[SamplingParams, list[Conversation]]:
     """The model's side of the chat, behind that of the one it is compared with."""
-    from transformers.utils import logging
-
     from align.sampling.base import SamplingParams
     from align.sampling.conversation import Conversation
     from align.sampling.loading import load
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

@@ -91,7 +91,7 @@ def evaluate(options: argparse.Namespace) -> tuple[Evaluation, Path]:
     settings = Settings(n=options.n, sampling=sampling, chunk_size=options.chunk_size)
     data, against = data_of(options), against_of(options)
     reward = load_reward(name) if name else None
-    quiet_libraries()
+    console.set_up_logging(quiet=True)
     sides: list[Side] = [
         load_side(one, options.dtype, options.device, options.batch_size, options.trust_remote_code, options.base)
         for one in (options.policy, against)
@@ -175,14 +175,6 @@ def default_output(options: argparse.Namespace, against: str, reward: str) -> Pa
     said = [place(options.policy), place(against), place(options.data), options.split, reward, options.n]
     said += [options.max_prompts, options.temperature, options.max_new_tokens, options.seed]
     return Path("runs") / f"evaluate-{digest(said)[:10]}"
-
-
-def quiet_libraries() -> None:
-    """No bars of loading where nobody watches."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def print_result(evaluation: Evaluation) -> None:

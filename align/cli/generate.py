@@ -89,15 +89,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    from transformers.utils import logging
-
     from align.sampling.hf import HFSampler
     from align.sampling.job import Job
     from align.sampling.loading import load
     from align.sampling.prompts import PromptEncoder
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    console.set_up_logging(quiet=True)
     params = _params(options)
     found = _prompts(options)
     loaded = load(options.model, options.adapter, options.dtype, options.device, options.trust_remote_code)

@@ -41,12 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
+    console.set_up_logging(quiet=True)
     from align.trainers.merge import merge_adapter
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):  # libraries that print, DeepSpeed on import among them
         merged = merge_adapter(
             options.adapter,

@@ -59,10 +59,7 @@ def run_battery(method: str, quick: bool, seed: int) -> list[Check]:
     from align.core.registry import METHODS
     from align.testing.checks import battery, model_battery
 
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+    console.set_up_logging(quiet=True)
     found: Any = METHODS.get(method)
     return battery(found, seed) + ([] if quick else model_battery(found, seed))
 

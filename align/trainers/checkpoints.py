@@ -136,8 +136,17 @@ def save_roles(roles: RoleModule, folder: Path, state: Mapping[str, Tensor] | No
         prefix = f"roles.{name}."
         own = None if state is None else {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         model.save_pretrained(folder / name, state_dict=own)  # type: ignore[operator]
+        share(folder / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "policy")
+
+
+def share(folder: Path) -> None:
+    """Give weights the mode that other files get: safetensors 0.8 writes them for their owner alone."""
+    like = next((file for file in sorted(folder.glob("*.json")) if file.is_file()), None)
+    for file in folder.glob("*.safetensors"):
+        if like is not None:
+            file.chmod(like.stat().st_mode)
 
 
 def copy_roles(roles: RoleModule, source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from align.core.errors import ConfigError, ModelError
 from align.core.files import atomic_directory
 from align.scoring.adapters import adapter_config, base_of, load_adapter
 from align.scoring.loading import DTYPES, first_line, load_model, load_tokenizer, refuse_config
+from align.trainers.checkpoints import share
 
 MergedDtype = Literal["float32", "bfloat16"]
 _ADDED_TOKENS = 24
@@ -103,9 +104,7 @@ def merge_adapter(
     with atomic_directory(target, {"kind": "merged model", "adapter": str(folder), "base": name}) as partial:
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for file in partial.glob("*.safetensors"):
-            # safetensors 0.8 writes for the owner alone; who may read the configuration may read the weights.
-            file.chmod((partial / "config.json").stat().st_mode)
+        share(partial)
         del model, wrapped, plain
         again = load_model(str(partial), torch.float32, trust_remote_code)
         check = _compare(again, expected, kind, target)

@@ -144,6 +144,7 @@ def test_from_a_recipe_to_a_model_and_back(tmp_path: Path) -> None:
     assert {"recipe.yaml", "provenance.json", "checkpoint-2", "checkpoint-4"} <= {
         path.name for path in folder.iterdir()
     }
+    assert len({file.stat().st_mode for file in (folder / "policy").iterdir()}) == 1  # a server may be another user
     weights = (folder / "policy" / "model.safetensors").read_bytes()
 
     again = run("train", str(folder / "recipe.yaml"), "train.logging_steps=2", cwd=tmp_path)
