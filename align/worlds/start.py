@@ -32,7 +32,7 @@ _FORMAT = 1
 class Start:
     """How the starting model is made."""
 
-    demonstrations: int = option(4000, at_least=1, doc="rows of the training set")
+    demonstrations: int = option(8000, at_least=1, doc="rows of the training set")
     epochs: int = option(4, at_least=1, doc="passes over them")
     batch: int = option(32, at_least=1, doc="demonstrations a step")
     learning_rate: float = option(3e-3, above=0, doc="peak learning rate")
