@@ -25,12 +25,42 @@ METHOD_CLASHES: dict[str, Clash] = {
         sigmoid="dpo",
         hinge="dpo_hinge",
         robust="rdpo",
-        exo_pair="exo",
-        nca_pair="nca",
         aot_pair="aot",
-        aot_unpaired="aot",
         chosen_nll="sft",
     ),
+    "nca_pair": Clash(
+        "TRL's `nca_pair` is `nca` on a pair, a list of two: set `alpha: 0.01` for its one-hot weights", "nca"
+    ),
+    "sigmoid_norm": Clash(
+        "TRL's `sigmoid_norm` is `dpo_norm`, whose beta is 5 here and 0.1 unless set in TRL", "dpo_norm"
+    ),
+    "tr_dpo": Clash("TR-DPO is DPO with a moving reference: `reference: {kind: ema, decay: 0.6, every: 512}`", "dpo"),
+    "label_smoothing": Clash("DPO with label smoothing is conservative DPO, its rate is `eps`", "cdpo"),
+    "soft_label_dpo": Clash(
+        "DPO with soft labels is a cross-entropy to them; `smpo` scales the margin instead", "soft_dpo"
+    ),
+    "drdpo": Clash(
+        "robust DPO names two methods: unbiased under flips (2403.00409), and distributionally robust", "rdpo"
+    ),
+    "robust_dpo": Clash(
+        "robust DPO names two methods: unbiased under flips (2403.00409), and distributionally robust", "rdpo"
+    ),
+    "length_normalized_dpo": Clash("length-normalised DPO has a beta of 5 to 10", "dpo_norm"),
+    "exo_pair": Clash(
+        "TRL's `exo_pair` is `exo_pref`: its `beta` is `beta_pi`, its `label_smoothing` is `eps`", "exo_pref"
+    ),
+    "exo": Clash("EXO is two methods: `exo_pref` on pairs, `exo_rw` on scored lists", "exo_pref"),
+    "dpo_rw": Clash("EXO's forward-KL baseline on scored lists is the loss of InfoNCA", "infonca"),
+    **dict.fromkeys(
+        ("forward_kl", "js_divergence", "alpha_divergence"),
+        Clash(
+            "a divergence is an option: `f_dpo` with `divergence`; TRL's `f_alpha_divergence_coef` is 1 - alpha",
+            "f_dpo",
+        ),
+    ),
+    "chipo": Clash("chi-PO, f-DPO under chi2 + KL with a clipped margin", "chi_po"),
+    "listnet": Clash("ListNet's loss on lists is the softmax cross-entropy", "list_softmax"),
+    "plackett_luce": Clash("the Plackett-Luce likelihood of a ranked list is DPO for lists", "pl_dpo"),
     "kto_pair": Clash("TRL's `kto_pair` was KTO on pairs; KTO reads unpaired labels, and a pair as two of them", "kto"),
     "bco_pair": Clash("TRL's `bco_pair` is BCO on pairs; BCO reads unpaired labels, and a pair as two of them", "bco"),
     "rpo_alpha": Clash("TRL's `rpo_alpha` is a weight: DPO plus an SFT term is a method of its own", "rpo"),
@@ -46,11 +76,14 @@ METHOD_CLASHES: dict[str, Clash] = {
     "implicit_po": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "implicit_ipo": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "orpo_occupancy": Clash("occupancy-regularised PO is not ORPO, which is odds-ratio PO (2403.07691)"),
-    "hypo": Clash("HyPO is offline DPO plus an online KL; Hybrid-DPO (2602.11902) is another method of that name"),
-    "xpo": Clash("XPO is exploratory PO; chi-PO is another method that is sometimes written so"),
-    "cpo": Clash("CPO is contrastive PO; the ALMA repository's `cpo_trainer.py` computes another loss, ARPO"),
+    "xpo": Clash("XPO is exploratory PO; chi-PO, which is sometimes written so, is `chi_po`"),
+    "arpo": Clash("ARPO is what the ALMA repository's `cpo_trainer.py` computes today; it is not CPO (2401.08417)"),
+    "flex": Clash("the paper 3D-properties (2406.07327) calls DPO with two betas Flex-DPO", "flex_dpo"),
+    "3d_properties": Clash("the paper 3D-properties (2406.07327) calls DPO with two betas Flex-DPO", "flex_dpo"),
+    "hybrid_dpo": Clash("Hybrid-DPO (2602.11902) is another method than HyPO, offline DPO plus an online KL"),
+    "sera": Clash("SeRA chooses and adds pairs between rounds (`align.loops`); train on them with any method on pairs"),
+    "rc_dpo": Clash("Rc-DPO is MAPL's contrast of two prompts, with the prompts' tokens scored", "mapl"),
     "tpo": Clash("TPO names three papers"),
-    "vpo": Clash("VPO is value-incentivised PO; vision papers use the same name"),
     "dapo": Clash("DAPO is a policy gradient on rollouts, an online method; it is no kind of DPO"),
     "spo": Clash("SPO names several methods of the Nash and rollout families; none is a variant of DPO"),
     "sppo": Clash("SPPO is self-play in rounds (2405.00675), not a loss on a fixed data set"),
@@ -58,6 +91,13 @@ METHOD_CLASHES: dict[str, Clash] = {
     "tdpo1": Clash("both versions of token-level DPO are one method", "tdpo"),
     "tdpo2": Clash("both versions of token-level DPO are one method", "tdpo"),
     "eta": Clash("`eta` is an option: RPO's weight of the SFT term, elsewhere 1/beta", "rpo"),
+    "ld_alpha": Clash("TRL's `ld_alpha` is `alpha` of length-desensitised DPO", "ld_dpo"),
+    "use_weighting": Clash(
+        "TRL's `use_weighting` is weighted DPO; TRL does not cut the weight at 1, `clamp: null` is its form", "wpo"
+    ),
+    "treg": Clash("T-REG weighs tokens by two opposite prompts", "t_reg"),
+    "length_desensitized_dpo": Clash("length-desensitised DPO weighs the longer answer's tail", "ld_dpo"),
+    "iq_learn": Clash("IQ-Learn on the tokens of demonstrations", "iqlearn_sft"),
     "nll": Clash("the negative log-likelihood of demonstrations is SFT", "sft"),
     "reference_free": Clash("in DPO's original code this is a uniform reference ratio, not SimPO", "simpo"),
 }

@@ -36,7 +36,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer: its segments and the absolute feedback on it."""
+    """One answer: its segments and the absolute feedback on it; `prompt` where it answers another than the group's."""
 
     segments: tuple[Segment, ...]
     label: bool | None = None
@@ -46,15 +46,36 @@ class Completion:
     weight: float = 1.0
     role: str = ""
     model: str = ""
+    step_rewards: tuple[float, ...] | None = None
+    prompt: str | tuple[Message, ...] | None = None
 
     @property
     def text(self) -> str:
         return "".join(segment.text for segment in self.segments)
 
 
+ROLES = {"samples": "sample", "baseline": "demonstration"}
+"""What a method asks for beside the answers that are judged -> the `role` of these completions."""
+CONTRASTS = ("intra", "inter")
+"""Kinds of prompt contrasts: one answer after two prompts, and a pair after two prompts."""
+
+
+def contrast_role(kind: str, number: int, sign: int) -> str:
+    """The role of a completion that enters contrast `number` of its pair with this sign: `intra:0:+`."""
+    return f"{kind}:{number}:{'+' if sign > 0 else '-'}"
+
+
+def beside(role: str) -> bool:
+    """Whether a completion of this role stands beside the judged answers: a sample, a demonstration, of a contrast."""
+    return role in ROLES.values() or role.partition(":")[0] in CONTRASTS
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """`winner` and `loser` index the completions of the group. A tie has `probability` 0.5 and `tie` set."""
+    """`winner` and `loser` index the completions of the group. A tie has `probability` 0.5 and `tie` set.
+
+    `marks`, in token groups of a method that needs them: which tokens of the winner and of the loser differ, bool.
+    """
 
     winner: int
     loser: int
@@ -62,6 +83,7 @@ class Preference:
     margin: float | None = None
     weight: float = 1.0
     tie: bool = False
+    marks: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +112,7 @@ class TokenCompletion:
         mask: bool [T], true where a token is scored.
         step: int64 [T], the step (or turn) a token belongs to.
         finished: whether `ids` ends in an end token; false where the end was cut.
+        step_rewards: one number for each step, earned at its last scored token.
     """
 
     ids: np.ndarray
@@ -102,6 +125,7 @@ class TokenCompletion:
     rank: int | None = None
     weight: float = 1.0
     role: str = ""
+    step_rewards: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,7 +137,8 @@ class TokenGroup:
 
     For the `pairs` view `preferences` lists the pairs to train on. For `singles` every completion is a unit, and
     `mismatched[i]`, where filled in by `data.partners`, is another row's completion scored after this prompt
-    (KTO's KL estimate). For `lists` the whole group is a unit.
+    (KTO's KL estimate). For `lists` the whole group is a unit. `contexts` are other prompts, by name, after which a
+    method wants the reference's log-probs of the same completions.
     """
 
     row: RowId
@@ -121,6 +146,7 @@ class TokenGroup:
     completions: tuple[TokenCompletion, ...]
     preferences: tuple[Preference, ...] = ()
     mismatched: tuple[TokenCompletion, ...] = ()
+    contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

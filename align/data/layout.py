@@ -40,7 +40,10 @@ REJECTED = (
 )
 """Names that tell which of two wins (j over k is the notation of the field). `response_0`, `response_1` do not."""
 LISTS = ("completions", "responses")
-OPTIONAL = ("probability", "margin", "weight", "tie", "annotator", "tools")
+STEP_REWARDS = ("chosen_step_rewards", "rejected_step_rewards")
+OPTIONAL = ("probability", "margin", "weight", "tie", "annotator", "tools", *STEP_REWARDS)
+EXTRAS = ("samples", "baseline", "contrasts")
+"""Further answers, read where a method asks for them: a list of samples, a demonstration, contrasts of prompts."""
 PARTS = (
     "prompt",
     "chosen",
@@ -55,6 +58,7 @@ PARTS = (
     "text",
     "system",
     *OPTIONAL,
+    *EXTRAS,
 )
 _HAVE_PROMPTS = ("pairs", "unpaired", "scored", "rated", "demonstrations", "messages", "prompts")
 _TWIN = re.compile(r"^(.+?)([_-][a-zA-Z0-9]|[0-9])$")
@@ -85,6 +89,7 @@ class Layout:
         unused: columns that nothing reads.
         optional: feedback beside the answers, part -> column.
         system: the column of system texts; None where there is none.
+        extras: columns that could be read beside, part of `EXTRAS` -> column.
     """
 
     format: Format
@@ -95,6 +100,13 @@ class Layout:
     unused: tuple[str, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
+    extras: Mapping[str, str] = field(default_factory=dict)
+
+    def reading(self, parts: Collection[str]) -> Layout:
+        """The layout with the columns of these `EXTRAS` read; without a column for one of them, it stays out."""
+        asked = {part: column for part, column in self.extras.items() if part in parts}
+        unused = tuple(name for name in self.unused if name not in asked.values())
+        return replace(self, optional={**self.optional, **asked}, unused=unused)
 
     def describe(self) -> str:
         """One line for the log: what was decided, and what is ignored."""
@@ -136,7 +148,8 @@ def find_layout(
     optional = {part: finder.columns.get(part, part) for part in OPTIONAL}
     optional = {part: name for part, name in optional.items() if name in finder.names and name not in used}
     left = [name for name in finder.names if name not in used | {system} | set(optional.values())]
-    return replace(layout, unused=tuple(left), optional=optional, system=system or None)
+    extras = {part: name for part in EXTRAS if (name := finder.columns.get(part, part)) in left}
+    return replace(layout, unused=tuple(left), optional=optional, system=system or None, extras=extras)
 
 
 class _Finder:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from align.core import seeds
-from align.data.groups import TokenCompletion, TokenGroup
+from align.data.groups import TokenCompletion, TokenGroup, beside
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -37,7 +37,7 @@ def add_mismatched(groups: Sequence[TokenGroup], seed: int) -> list[TokenGroup]:
         return list(groups)
     partner = _next_other(circle, prompts)
     return [
-        replace(group, mismatched=_taken(groups[partner[index]], len(group.completions)))
+        replace(group, mismatched=_taken(groups[partner[index]], len(_judged(group))))
         for index, group in enumerate(groups)
     ]
 
@@ -57,4 +57,9 @@ def _next_other(circle: list[int], prompts: list[bytes]) -> dict[int, int]:
 
 
 def _taken(group: TokenGroup, count: int) -> tuple[TokenCompletion, ...]:
-    return tuple(group.completions[place % len(group.completions)] for place in range(count))
+    own = _judged(group)
+    return tuple(own[place % len(own)] for place in range(count))
+
+
+def _judged(group: TokenGroup) -> list[TokenCompletion]:
+    return [one for one in group.completions if not beside(one.role)]

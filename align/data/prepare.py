@@ -18,7 +18,7 @@ from align.data import known
 from align.data.grouped import RowPairs
 from align.data.groups import TokenGroup
 from align.data.known import Known, Purpose
-from align.data.layout import Winner
+from align.data.layout import EXTRAS, Winner
 from align.data.mixture import Mixture, mixture_of
 from align.data.readers import Diverging, Reader, Ties, Transcripts, reader_for, recognise
 from align.data.rejected import RejectedLog
@@ -306,6 +306,13 @@ def _reader(
     reader = spec.reader(rows, source.name, purpose, found)
     if view is not None:
         check_view(view, needs, reader.gives, source.name, reader.description)
+        reader = reader.reading(needs)
+        for part in sorted(set(EXTRAS) & set(needs) - set(reader.layout.optional)):
+            raise DataError(
+                f"the method needs `{part}` beside the answers, and there is no such column",
+                where=source.name,
+                mend=f"add a column `{part}` ({_EXTRA_FORMS[part]}), or name it: columns: {{{part}: COLUMN}}",
+            )
         if spec.ties == "keep" and "ties" not in needs:
             raise DataError(
                 "`ties: keep`, and the method reads no ties",
@@ -316,6 +323,13 @@ def _reader(
     if found is not None and (warning := found.warnings.get(known.hub_id(spec.text) or "")):
         _log.warning("%s: %s", source.name, warning)
     return reader
+
+
+_EXTRA_FORMS = {
+    "samples": "a list of answers of a frozen policy",
+    "baseline": "an answer to imitate",
+    "contrasts": "prompts that fit an answer better and worse; align.data.constraints makes them",
+}
 
 
 def _mixture(specs: Sequence[SourceSpec], sources: Sequence[Source], purpose: Purpose) -> Mixture | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from align.data import transcripts as hh
 from align.data.filters import Filter
-from align.data.groups import Completion, Group, Preference, RowId, Segment
+from align.data.groups import CONTRASTS, ROLES, Completion, Group, Preference, RowId, Segment, contrast_role
 from align.data.known import Choices, Known
-from align.data.layout import Layout
+from align.data.layout import STEP_REWARDS, Layout
 from align.data.messages import check_order, common_prompt, is_message_list, to_messages
 from align.data.parts import (
     Prompt,
@@ -90,6 +90,10 @@ class Reader:
         """The feedback in the rows: `preferences`, `label`, `order`, `reward` or `demonstrations`."""
         return _GIVES[self.layout.format]
 
+    def reading(self, parts: Collection[str]) -> Reader:
+        """The reader that also reads these parts of `layout.EXTRAS`, where there are columns for them."""
+        return replace(self, layout=self.layout.reading(parts))
+
     def __call__(self, row: Row, row_id: RowId) -> Group:
         """The group of a row.
 
@@ -101,6 +105,7 @@ class Reader:
             wanted(row)
         row = self.shaped(row)
         prompt, completions, preferences = _BUILDERS[self.layout.format](self, row)
+        completions += (*_extras(self, row, prompt), *_contrasts(self, row))
         if self.diverging == "drop" and any(_parts_early(completion) for completion in completions):
             raise RowError("", "the answers part before their last turn", dropped=True)
         meta = dict(row["meta"]) if self.known and row.get("meta") else {}
@@ -159,6 +164,54 @@ class Reader:
         return ({"role": "system", "content": opening}, *prompt)
 
 
+def _extras(reader: Reader, row: Row, prompt: Prompt) -> Iterator[Completion]:
+    """The samples and the demonstration of a row, where a method asked for them."""
+    for part, role in ROLES.items():
+        column = reader.layout.optional.get(part)
+        if column is None:
+            continue
+        values = row.get(column) if part == "samples" else [row.get(column)]
+        if not isinstance(values, (list, tuple)) or not values:
+            raise RowError(column, "no list of answers")
+        for value in values:
+            if value is None:
+                raise RowError(column, "missing")
+            fitting, segments = answer_of(prompt, value, column)
+            if isinstance(fitting, str) != isinstance(prompt, str):
+                raise RowError(column, "messages beside answers that are text")
+            yield Completion(segments, role=role)
+
+
+def _contrasts(reader: Reader, row: Row) -> Iterator[Completion]:
+    """The answers of a row's prompt contrasts, each with a prompt of its own and a role that gives its sign.
+
+    `intra`: +y after the better prompt, -y after the worse. `inter`: +chosen -rejected after the better prompt,
+    -chosen +rejected after the worse.
+    """
+    column = reader.layout.optional.get("contrasts")
+    if column is None:
+        return
+    if not isinstance(row.get(column), (list, tuple)):
+        raise RowError(column, "no list of contrasts")
+    numbers = dict.fromkeys(CONTRASTS, 0)
+    for value in row[column]:
+        if not isinstance(value, Mapping) or value.get("kind") not in CONTRASTS:
+            raise RowError(column, "a contrast has a `kind`, intra or inter, and prompts `better` and `worse`")
+        kind = str(value["kind"])
+        if kind == "intra":
+            answers = [(1, value.get("completion"))]
+        else:
+            answers = [(1, reader.part(row, "chosen")), (-1, reader.part(row, "rejected"))]
+        for side, way in (("better", 1), ("worse", -1)):
+            asked = prompt_of(value.get(side), f"{column}.{side}")
+            if reader.chat and isinstance(asked, str):
+                asked = ({"role": "user", "content": asked},)
+            for sign, answer in answers:
+                own, segments = answer_of(asked, answer, column)
+                yield Completion(segments, role=contrast_role(kind, numbers[kind], sign * way), prompt=own)
+        numbers[kind] += 1
+
+
 def _parts_early(completion: Completion) -> bool:
     return any(segment.role == "user" for segment in completion.segments)
 
@@ -183,7 +236,19 @@ def _pairs(reader: Reader, row: Row) -> Built:
         prompt, second = answer_of(prompt, rejected, "rejected")
     if content_of(first) == content_of(second):
         raise RowError("chosen", "chosen and rejected are identical")
-    return prompt, (Completion(first), Completion(second)), (_preference(reader, row, tie),)
+    earned = [_step_rewards(reader, row, part) for part in STEP_REWARDS]
+    answers = (Completion(first, step_rewards=earned[0]), Completion(second, step_rewards=earned[1]))
+    return prompt, answers, (_preference(reader, row, tie),)
+
+
+def _step_rewards(reader: Reader, row: Row, part: str) -> tuple[float, ...] | None:
+    values = reader.value(row, part)
+    if values is None:
+        return None
+    column = reader.layout.optional[part]
+    if not isinstance(values, (list, tuple)):
+        raise RowError(column, f"not a list but {type(values).__name__}")
+    return tuple(finite(value, column) for value in values)
 
 
 def _chosen_rejected(reader: Reader, row: Row) -> tuple[Any, Any, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from align.core.hashing import digest
 from align.data.chat import Chat
 from align.data.encode import Encoder, scored_tokens
 from align.data.groups import Completion, Group, Segment, TokenCompletion, TokenGroup
+from align.data.marks import mark_differences
 from align.data.rows import RowError
 from align.data.views import VIEWS, PairRule, select
 
@@ -49,6 +50,7 @@ class Tokeniser:
         chat_template: see `Chat`.
         pairs: how pairs are made of more than two answers.
         needs: columns that the method reads; `reward` and `ties` change what is made of a row.
+        contexts: name -> text of another prompt, `{prompt}` for the last user turn; see `TokenGroup.contexts`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Tokeniser:
         chat_template: str | None = None,
         pairs: PairRule = "best_worst",
         needs: Collection[str] = frozenset(),
+        contexts: Mapping[str, str] | None = None,
     ) -> None:
         given = {"score": score, "truncation": truncation, "pairs": pairs, "view": view}
         for name, value in given.items():
@@ -71,6 +74,7 @@ class Tokeniser:
         self.view, self.max_length, self.truncation, self.pairs = view, max_length, truncation, pairs
         self.score: Score = score or ("all" if view == "demonstrations" else "last")
         self.needs = frozenset(needs)
+        self.contexts = dict(contexts or {})
         self.encoder = Encoder(tokenizer)
         self._template = chat_template
         self._chat: Chat | None = None
@@ -90,6 +94,8 @@ class Tokeniser:
         vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
         template = str(getattr(tokenizer, "chat_template", None))
         options = [self.view, self.max_length, self.score, self.truncation, self.pairs, sorted(self.needs)]
+        if self.contexts:
+            options.append(str(sorted(self.contexts.items())))
         return digest([vocabulary, template, self._template, options, self.encoder.start, self.encoder.eos])
 
     def __call__(self, group: Group) -> TokenGroup:
@@ -104,13 +110,15 @@ class Tokeniser:
         group = replace(group, completions=chosen.completions, preferences=chosen.preferences)
         made = self._fitted(group)
         _refuse_equal(made)
-        return made
+        return mark_differences(made) if "marked" in self.needs else made
 
     def _fitted(self, group: Group) -> TokenGroup:
         made = self._made(group)
         limit = self.max_length
         if limit is None or _longest(made) <= limit:
             return made
+        if any(completion.prompt is not None for completion in group.completions):
+            raise RowError("", "too long for `max_length`, and answers after several prompts are not cut", dropped=True)
         if self.truncation == "cut_prompt":
             return self._cut_prompt(group, made, limit)
         if self.truncation == "cut_completion":
@@ -120,6 +128,8 @@ class Tokeniser:
     def _made(self, group: Group) -> TokenGroup:
         prompt = self._prompt(group)
         completions = tuple(self._completion(group, prompt, completion) for completion in group.completions)
+        if any(completion.prompt is not None for completion in group.completions):
+            return self._after_several_prompts(group, completions)
         ids = prompt.ids
         if not len(ids) and completions:
             # Without a BOS the first token of a text has no context: it becomes the prompt, and is not scored.
@@ -127,7 +137,23 @@ class Tokeniser:
             if any(completion.ids[0] != ids[0] for completion in completions):
                 raise RowError("prompt", "empty, and without a BOS the answers have no common first token")
             completions = tuple(_without_first(completion) for completion in completions)
-        return TokenGroup(row=group.row, prompt=ids, completions=completions, preferences=group.preferences)
+        return TokenGroup(
+            row=group.row,
+            prompt=ids,
+            completions=completions,
+            preferences=group.preferences,
+            contexts={name: self._context(group, text) for name, text in self.contexts.items()},
+        )
+
+    def _context(self, group: Group, text: str) -> np.ndarray:
+        """Ids of the group's prompt with its last user turn inside `text`."""
+        if isinstance(group.prompt, str):
+            return self._prompt(replace(group, prompt=text.replace("{prompt}", group.prompt))).ids
+        place = max((i for i, message in enumerate(group.prompt) if message["role"] == "user"), default=-1)
+        if place < 0 or not isinstance(group.prompt[place]["content"], str):
+            raise RowError("prompt", "no user turn of plain text to ask again about")
+        asked = {**group.prompt[place], "content": text.replace("{prompt}", group.prompt[place]["content"])}
+        return self._prompt(replace(group, prompt=(*group.prompt[:place], asked, *group.prompt[place + 1 :]))).ids
 
     def _prompt(self, group: Group) -> _Prompt:
         if isinstance(group.prompt, str):
@@ -137,7 +163,27 @@ class Tokeniser:
         joining = self.encoder.ids(text)
         return _Prompt(text, joining, _array(joining))
 
+    def _after_several_prompts(self, group: Group, completions: tuple[TokenCompletion, ...]) -> TokenGroup:
+        """A group whose completions answer prompts of their own: these begin alike, and what follows is not scored."""
+        prompts = [self._prompt(_asked(group, completion)).ids for completion in group.completions]
+        shared = min(len(ids) for ids in prompts)
+        while shared and any(not np.array_equal(ids[:shared], prompts[0][:shared]) for ids in prompts):
+            shared -= 1
+        if not shared:
+            raise RowError("contrasts", "the prompts of one row share no token")
+        return TokenGroup(
+            row=group.row,
+            prompt=prompts[0][:shared],
+            completions=tuple(
+                _after(ids[shared:], completion) for ids, completion in zip(prompts, completions, strict=True)
+            ),
+            preferences=group.preferences,
+        )
+
     def _completion(self, group: Group, prompt: _Prompt, completion: Completion) -> TokenCompletion:
+        if completion.prompt is not None:
+            group = _asked(group, completion)
+            prompt = self._prompt(group)
         segments = self._scored(completion.segments)
         if isinstance(group.prompt, str):
             tokens = self._plain(prompt, segments)
@@ -145,6 +191,8 @@ class Tokeniser:
             tokens = self.chat.completion(group.prompt, prompt.text, prompt.joining, segments, group.tools)
         if not tokens.mask.any():
             raise RowError("completion", "no token is scored")
+        if "token_reward" in self.needs:
+            _check_step_rewards(completion)
         return replace(
             tokens,
             label=completion.label,
@@ -153,6 +201,7 @@ class Tokeniser:
             rank=completion.rank,
             weight=completion.weight,
             role=completion.role,
+            step_rewards=completion.step_rewards,
         )
 
     def _scored(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -198,6 +247,8 @@ class Tokeniser:
     def _cut_prompt(self, group: Group, made: TokenGroup, limit: int) -> TokenGroup:
         longest = max((len(completion) for completion in made.completions), default=0)
         room = limit - longest
+        if isinstance(group.prompt, str) and made.contexts:
+            raise RowError("", "too long for `max_length`, and a prompt in other words is not cut", dropped=True)
         if isinstance(group.prompt, str):
             start = list(self.encoder.start)
             if room <= len(start):
@@ -215,8 +266,16 @@ class Tokeniser:
         raise RowError("", "too long for `max_length` with the last turn of the prompt alone", dropped=True)
 
 
+def _check_step_rewards(completion: Completion) -> None:
+    turns = 1 + max(segment.step for segment in completion.segments)
+    if completion.step_rewards is None:
+        raise RowError("step_rewards", "missing: a list with a number for each of the assistant's turns")
+    if len(completion.step_rewards) != turns:
+        raise RowError("step_rewards", f"{len(completion.step_rewards)} numbers for {turns} turns of the assistant")
+
+
 def _cut_completions(made: TokenGroup, limit: int) -> TokenGroup:
-    room = limit - len(made.prompt)
+    room = limit - _longest_prompt(made)
     if room < 1:
         raise RowError("", "the prompt alone is too long for `max_length`", dropped=True)
     cut = []
@@ -233,6 +292,22 @@ def _cut_completions(made: TokenGroup, limit: int) -> TokenGroup:
                 raise RowError("", "no scored token is left within `max_length`", dropped=True)
         cut.append(completion)
     return replace(made, completions=tuple(cut))
+
+
+def _asked(group: Group, completion: Completion) -> Group:
+    """The group with the prompt that this completion answers."""
+    return group if completion.prompt is None else replace(group, prompt=completion.prompt)
+
+
+def _after(unscored: np.ndarray, completion: TokenCompletion) -> TokenCompletion:
+    """The completion with unscored tokens in front."""
+    blank = np.zeros(len(unscored), dtype=np.int64)
+    return replace(
+        completion,
+        ids=np.concatenate([unscored, completion.ids]),
+        mask=np.concatenate([blank.astype(bool), completion.mask]),
+        step=np.concatenate([blank, completion.step]),
+    )
 
 
 def _without_first(completion: TokenCompletion) -> TokenCompletion:
@@ -252,8 +327,12 @@ def _refuse_equal(made: TokenGroup) -> None:
         raise RowError("", "the two answers are the same tokens")
 
 
+def _longest_prompt(made: TokenGroup) -> int:
+    return max(len(prompt) for prompt in (made.prompt, *made.contexts.values()))
+
+
 def _longest(made: TokenGroup) -> int:
-    return len(made.prompt) + max((len(completion) for completion in made.completions), default=0)
+    return _longest_prompt(made) + max((len(completion) for completion in made.completions), default=0)
 
 
 def _array(ids: list[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from align.core.errors import DataError
-from align.data.groups import Completion, Group, Preference
+from align.data.groups import ROLES, Completion, Group, Preference, beside
 from align.data.rows import RowError
 
 PairRule = Literal["best_worst", "all", "adjacent"]
@@ -84,6 +84,7 @@ def _pairs(group: Group, rule: PairRule, ties: bool) -> Selection:
     if not kept:
         raise RowError("", "a tie", dropped=True)
     used = sorted({index for pair in kept for index in (pair.winner, pair.loser)})
+    used += [index for index, one in enumerate(group.completions) if beside(one.role) and index not in used]
     place = {index: new for new, index in enumerate(used)}
     return Selection(
         tuple(group.completions[index] for index in used),
@@ -93,6 +94,8 @@ def _pairs(group: Group, rule: PairRule, ties: bool) -> Selection:
 
 def _made_pairs(group: Group, rule: PairRule, ties: bool) -> tuple[Preference, ...]:
     """Pairs of a scored list; those of one prompt share weight 1 (times the row's weight)."""
+    # Samples and demonstrations stand behind the judged ones, so indices stay.
+    group = replace(group, completions=tuple(one for one in group.completions if not beside(one.role)))
     value = _value_of(group)
     order = sorted(range(len(group.completions)), key=lambda index: (-value(index), index))
     if len(order) < 2:
@@ -130,7 +133,8 @@ def _value_of(group: Group) -> Callable[[int], float]:
 
 def _singles(group: Group, ties: bool, reward: bool) -> tuple[Completion, ...]:
     if not group.preferences:
-        return tuple(_single(completion, reward) for completion in group.completions)
+        own = (completion for completion in group.completions if not beside(completion.role))
+        return _with_extras([_single(completion, reward) for completion in own], group)
     singles: list[Completion] = []
     for pair in group.preferences:
         if pair.tie and not ties:
@@ -143,7 +147,17 @@ def _singles(group: Group, ties: bool, reward: bool) -> tuple[Completion, ...]:
             )
     if not singles:
         raise RowError("", "a tie", dropped=True)
-    return tuple(singles)
+    return _with_extras(singles, group)
+
+
+def _with_extras(singles: list[Completion], group: Group) -> tuple[Completion, ...]:
+    """The judged answers and what stands beside them; a sample that is an undesirable answer stays out."""
+    undesirable = {completion.text for completion in singles if completion.label is False}
+    extras = [completion for completion in group.completions if beside(completion.role)]
+    kept = [one for one in extras if one.role != ROLES["samples"] or one.text not in undesirable]
+    if len(kept) < len(extras) and not any(one.role == ROLES["samples"] for one in kept):
+        raise RowError("samples", "all equal the undesirable answer", dropped=True)
+    return (*singles, *kept)
 
 
 def _single(completion: Completion, reward: bool) -> Completion:

@@ -97,6 +97,8 @@ class Method:
     view: ClassVar[str] = "pairs"
     needs: ClassVar[frozenset[str]] = frozenset()
     coupling: ClassVar[Coupling] = "unit"
+    teacher: ClassVar[str] = ""
+    """`previous_epoch`: the reference is the policy as it was when the epoch began, unless the run says otherwise."""
 
     def __post_init__(self) -> None:
         check_all(self, f"method `{self.id}`")
@@ -109,7 +111,11 @@ class Method:
         raise NotImplementedError
 
     def initial_state(self) -> dict[str, Tensor]:
-        """Checkpointed state, scalars or small tensors in float64; `view.state` carries it into `loss`."""
+        """Checkpointed state, float64 or long; `view.state` carries it into `loss`. A memory of examples may grow in
+        its first dimension.
+
+        The names `epoch` (from 0) and `epochs` (of the run) are written by the trainer before each step.
+        """
         return {}
 
     def observe(self, view: Any) -> dict[str, Tensor]:
@@ -120,12 +126,23 @@ class Method:
         """Columns this instance reads; a subset of `needs` where an option makes one superfluous."""
         return self.needs
 
+    def contexts(self) -> Mapping[str, str]:
+        """name -> text, with `{prompt}` for the prompt's last user turn: other prompts for `anchor.NAME` columns.
+
+        `anchor.NAME` of such a name holds the reference's log-probs of the completions after that prompt.
+        """
+        return {}
+
     def penalty(self, parameters: Iterable[Tensor]) -> Tensor | None:
         """A term on the parameters, once per global batch."""
         return None
 
     def after_step(self, module: Any) -> None:
         """Called after each optimiser step with the trained module."""
+
+    def measure(self, view: Any) -> Mapping[str, tuple[Tensor, float]]:
+        """Metrics of its own, name -> (sum, count), beside those of the view; called without gradient."""
+        return {}
 
     def cautions(self) -> tuple[str, ...]:
         """Sentences about values that are allowed and seldom meant; shown once, never an error."""

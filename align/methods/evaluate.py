@@ -28,12 +28,12 @@ from align.scoring.views import (
 
 Row = Mapping[str, Any]
 
-_SCALARS = {"label": torch.bool, "finished": torch.bool, "reward": None, "weight": None}
+_SCALARS = {"label": torch.bool, "finished": torch.bool, "reward": None, "weight": None, "key": torch.long}
 _SCALAR_DEFAULTS = {"weight": 1.0, "finished": True}
-_SEQUENCES = (*TOKEN_COLUMNS, "mask", "step", "value")
+_SEQUENCES = (*TOKEN_COLUMNS, "mask", "step", "marked", "value")
 COMPLETION_FIELDS = (*_SEQUENCES, *_SCALARS, "anchor", "rewards", "role")
-SINGLE_FIELDS = (*COMPLETION_FIELDS, "mismatched")
-PAIR_FIELDS = ("chosen", "rejected", "probability", "margin", "weight", "baseline", "samples")
+SINGLE_FIELDS = (*COMPLETION_FIELDS, "mismatched", "samples")
+PAIR_FIELDS = ("chosen", "rejected", "probability", "margin", "weight", "baseline", "samples", "contrasts")
 LIST_FIELDS = ("completions", "scores", "ranks", "weight")
 
 
@@ -54,7 +54,7 @@ def terms(
         name: a registered id, `my_pkg.my_file:MyMethod`, a method class, or an instance (then without `options`).
         options: by their public names (`lambda`, not `lambda_`).
         pairs: dicts of `PAIR_FIELDS`; `chosen`, `rejected`, `baseline` are completions, `samples` a list of them.
-        singles, demonstrations: completions; in singles with `mismatched`, a completion.
+        singles, demonstrations: completions; in singles with `mismatched`, a completion, and `samples`, a list of them.
         lists, groups: dicts of `completions` and, one number each, `scores` and `ranks`.
         state: the method's state before the step; its initial one by default.
 
@@ -128,7 +128,7 @@ def _state(method: Method, given: Mapping[str, Any] | None) -> dict[str, Tensor]
         if name not in state:
             mend = suggestion(name, state) if state else "leave `state` out"
             raise ConfigError(f"method `{method.id}` has no state `{name}`", mend=mend)
-        state[name] = torch.as_tensor(value, dtype=torch.float64)
+        state[name] = torch.as_tensor(value, dtype=state[name].dtype)
     return state
 
 
@@ -155,11 +155,8 @@ class _Reader:
     def pairs(self, rows: Sequence[Row], shared: Mapping[str, Any]) -> Pairs:
         for where, row in _named("pairs", rows):
             _check_fields(where, row, PAIR_FIELDS)
-        samples = self._optional(rows, "pairs", "samples") or []
-        flat = [(f"pairs[{i}].samples[{j}]", one) for i, own in enumerate(samples) for j, one in enumerate(own)]
-        owner = [i for i, own in enumerate(samples) for _ in own]
-        if samples and len(set(owner)) != len(rows):
-            raise ConfigError("a pair has an empty `samples`", mend="give every pair at least one sample")
+        samples, owner = self._samples(rows, "pairs")
+        contrasts, contrast_owner = self._samples(rows, "pairs", "contrasts")
         baseline = self._optional(rows, "pairs", "baseline")
         margin = self._optional(rows, "pairs", "margin")
         return Pairs(
@@ -169,8 +166,10 @@ class _Reader:
             weight=self._numbers([row.get("weight", 1.0) for row in rows]),
             margin=None if margin is None else self._numbers(margin),
             baseline=None if baseline is None else self._member(rows, "baseline"),
-            samples=self.completions(flat, COMPLETION_FIELDS) if flat else None,
-            sample_pair=torch.tensor(owner) if flat else None,
+            samples=samples,
+            sample_pair=owner,
+            contrasts=contrasts,
+            contrast_pair=contrast_owner,
             **shared,
         )
 
@@ -179,9 +178,12 @@ class _Reader:
         others = self._optional(rows, "singles", "mismatched")
         named = _named("singles", others or [], ".mismatched")
         feedback = _Reader(self.dtype, self.width, self.requires - {"label", "reward", "value"})
+        samples, owner = feedback._samples(rows, "singles")
         return Singles(
             completions=own,
             mismatched=feedback.completions(named, COMPLETION_FIELDS) if others is not None else None,
+            samples=samples,
+            sample_of=owner,
             **shared,
         )
 
@@ -221,11 +223,14 @@ class _Reader:
         for where, row in named:
             _check_fields(where, row, known)
         rows = [row for _, row in named]
-        present = {name for row in rows for name in row if name not in ("mismatched", "role")}
+        present = {name for row in rows for name in row if name not in ("mismatched", "samples", "role")}
         needed = (self.requires & set(COMPLETION_FIELDS)) | {"logp"}
         for where, row in named:
             for name in sorted((needed | present) - set(_SCALAR_DEFAULTS) - {"mask", "step"}):
                 if name not in row:
+                    raise ConfigError(f"{where}: missing field `{name}`", mend="every completion here must have it")
+            for name in sorted(n for n in self.requires if n.startswith("anchor.")):
+                if name.removeprefix("anchor.") not in row.get("anchor", {}):
                     raise ConfigError(f"{where}: missing field `{name}`", mend="every completion here must have it")
         lengths = [len(row["logp"]) for row in rows]
         defaults: dict[str, Any] = {"mask": 1, "step": 0}
@@ -247,6 +252,17 @@ class _Reader:
             rewards={key: self._numbers([row["rewards"][key] for row in rows]) for key in _keys(named, "rewards")},
             role=tuple(row.get("role", "") for row in rows) if any("role" in row for row in rows) else (),
         )
+
+    def _samples(
+        self, rows: Sequence[Row], view: str, name: str = "samples"
+    ) -> tuple[Completions | None, Tensor | None]:
+        """The completions that all rows list under `name`, and the row that each belongs to."""
+        samples = self._optional(rows, view, name) or []
+        flat = [(f"{view}[{i}].{name}[{j}]", one) for i, own in enumerate(samples) for j, one in enumerate(own)]
+        owner = [i for i, own in enumerate(samples) for _ in own]
+        if samples and name == "samples" and len(set(owner)) != len(rows):
+            raise ConfigError(f"a row of `{view}` has an empty `samples`", mend="give every row at least one sample")
+        return (self.completions(flat, COMPLETION_FIELDS), torch.tensor(owner)) if flat else (None, None)
 
     def _member(self, rows: Sequence[Row], name: str) -> Completions:
         for where, row in _named("pairs", rows):
@@ -270,7 +286,7 @@ class _Reader:
 
     def _sequences(self, name: str, named: Sequence[tuple[str, Any]], lengths: Sequence[int]) -> Tensor:
         extra = int(name == "value")
-        dtype = {"mask": torch.bool, "step": torch.long}.get(name, self.dtype)
+        dtype = {"mask": torch.bool, "marked": torch.bool, "step": torch.long}.get(name, self.dtype)
         rows = []
         for (where, values), length in zip(named, lengths, strict=True):
             if len(values) != length + extra:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from align.core.errors import ConfigError
+from align.methods._lists import per_list, scores_of
 from align.methods.base import Method, method, option
-from align.methods.stages import logistic, ordered_pairs, sum_by
+from align.methods.stages import logistic, ordered_pairs
 from align.scoring.views import Lists
 
 
@@ -29,13 +29,7 @@ class LiPO(Method):
     reduction: Literal["sum", "mean"] = option("sum", doc="over the ordered pairs of a list")
 
     def loss(self, lists: Lists) -> Tensor:
-        if lists.scores is None:
-            raise ConfigError("method `lipo`: the lists have no `scores`", mend="supply scores or ranks")
         reward = self.beta * lists.completions.sum_log_ratio
-        better, worse = ordered_pairs(lists.group, lists.scores)
+        better, worse = ordered_pairs(lists.group, scores_of(lists))
         losses = logistic(reward[better] - reward[worse])
-        owner = lists.group[better]
-        total = sum_by(losses, owner, len(lists))
-        if self.reduction == "sum":
-            return total
-        return total / sum_by(losses.new_ones(len(owner)), owner, len(lists)).clamp(min=1)
+        return per_list(losses, lists.group[better], lists, self.reduction)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from align.core.errors import ConfigError
 from align.methods.base import Method, Term, method, option
-from align.methods.stages import logistic, nll, sum_by
-from align.scoring.views import Pairs
+from align.methods.stages import RESPONSE_COLUMNS, logistic, nll, of_response
+from align.scoring.views import Completions, Pairs
 
 
 @method("rpo", paper="2405.16436", view="pairs", needs={"ref_logp", "baseline", "samples"})
@@ -33,27 +31,17 @@ class RPO(Method):
     sft_reduction: Literal["sum", "token_mean"] = option("sum", doc="NLL summed and times beta, or per token")
 
     def requires(self) -> frozenset[str]:
-        extra = {"chosen": set(), "sft": {"baseline"}, "samples": {"samples"}}[self.baseline]
-        return frozenset({"ref_logp", *extra})
+        return RESPONSE_COLUMNS[self.baseline] | {"ref_logp"}
 
     def loss(self, pairs: Pairs) -> dict[str, Term]:
         scale = self.eta * self.beta if self.sft_reduction == "sum" else self.eta
         return {
             "preference": Term(logistic(self.beta * pairs.delta), "pair"),
-            "sft": Term(self._baseline_nll(pairs), "pair", scale),
+            "sft": Term(of_response(pairs, self.baseline, self._nll), "pair", scale),
         }
 
-    def _baseline_nll(self, pairs: Pairs) -> Tensor:
-        if self.baseline == "chosen":
-            return nll(pairs.chosen, self.sft_reduction)
-        if self.baseline == "sft" and pairs.baseline is not None:
-            return nll(pairs.baseline, self.sft_reduction)
-        if self.baseline == "samples" and pairs.samples is not None and pairs.sample_pair is not None:
-            values = nll(pairs.samples, self.sft_reduction)
-            owner, size = pairs.sample_pair, len(pairs)
-            return sum_by(values, owner, size) / sum_by(torch.ones_like(values), owner, size)
-        name = "baseline" if self.baseline == "sft" else "samples"
-        raise ConfigError(f"method `rpo`: the pairs have no `{name}`", mend="supply them, or use `baseline: chosen`")
+    def _nll(self, completions: Completions) -> Tensor:
+        return nll(completions, self.sft_reduction)
 
     def cautions(self) -> tuple[str, ...]:
         if self.sft_reduction == "sum" and self.eta > 0.1:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align.scoring.views import Completions, Singles
+from align.core.errors import ConfigError
+from align.scoring.views import Completions, Pairs, Singles
 
 
-def logistic(margin: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), elementwise; `smoothing` e is the assumed rate of flipped labels."""
-    loss = -logsigmoid(margin)
+def logistic(margin: Tensor, smoothing: float | Tensor = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), elementwise.
+
+    `smoothing` e is the assumed rate of flipped labels, or one probability of a flip per margin; below 0 it takes the
+    effect of flips out again.
+    """
     # softplus(m) = softplus(-m) + m, so the smoothed loss is the plain one plus e m.
-    return loss + smoothing * margin if smoothing else loss
+    return -logsigmoid(margin) + smoothing * margin
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -70,3 +75,48 @@ def ordered_pairs(group: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 def sum_by(values: Tensor, owner: Tensor, size: int) -> Tensor:
     """Sums of `values` [M] over equal `owner` (long [M]), [size]."""
     return values.new_zeros(size).index_add(0, owner, values)
+
+
+def mean_by(values: Tensor, owner: Tensor, size: int) -> Tensor:
+    """Means of `values` [M] over equal `owner` (long [M]), [size]; every one of them owns at least one value."""
+    return sum_by(values, owner, size) / sum_by(torch.ones_like(values), owner, size)
+
+
+def of_samples(pairs: Pairs, value: Callable[[Completions], Tensor]) -> Tensor:
+    """The mean of `value` (completions -> one number each) over each pair's samples, [P]."""
+    if pairs.samples is None or pairs.sample_pair is None:
+        raise ConfigError(
+            "the pairs have no `samples`", mend="supply them, or use `baseline: chosen` where there is one"
+        )
+    return mean_by(value(pairs.samples), pairs.sample_pair, len(pairs))
+
+
+def of_response(pairs: Pairs, response: str, value: Callable[[Completions], Tensor]) -> Tensor:
+    """`value` of a named response of each pair, [P]: `chosen`, the demonstration (`sft`), or the mean of `samples`."""
+    if response == "chosen":
+        return value(pairs.chosen)
+    if response == "samples":
+        return of_samples(pairs, value)
+    if pairs.baseline is None:
+        raise ConfigError("the pairs have no `baseline`", mend="supply it, or use `baseline: chosen`")
+    return value(pairs.baseline)
+
+
+RESPONSE_COLUMNS: dict[str, frozenset[str]] = {
+    "chosen": frozenset(),
+    "sft": frozenset({"baseline"}),
+    "samples": frozenset({"samples"}),
+}
+"""A response that `of_response` takes -> the columns it reads."""
+
+
+def log_softmax_by(values: Tensor, owner: Tensor, size: int) -> Tensor:
+    """values - log sum exp over equal `owner` (long [M], below `size`), [M]."""
+    highest = values.new_zeros(size).scatter_reduce(0, owner, values.detach(), "amax", include_self=False)
+    shifted = values - highest.index_select(0, owner)
+    return shifted - sum_by(shifted.exp(), owner, size).log().index_select(0, owner)
+
+
+def capped_exp(exponent: Tensor, cap: float) -> Tensor:
+    """exp(min(x, cap)), elementwise; above the cap there is no gradient."""
+    return exponent.clamp(max=cap).exp()

@@ -20,11 +20,84 @@ _FULL_SOURCE = (
 )
 _ADAPTER_SOURCE = "alignment handbook's QLoRA recipe 5e-6, TRL's DPO page about 1e-5: some ten times full fine-tuning"
 _HOT_FULL, _HOT_ADAPTER = 1e-5, 1e-4
-UNRATED = frozenset({"sft"})
+UNRATED = frozenset(
+    {
+        "iqlearn_sft",
+        "ps_kd",
+        "sft",
+        "sft_fdiv",
+    }
+)
 """Methods for which no range of learning rates is known here: plain SFT is not preference training."""
-LOG_RATIO_BETAS = frozenset({"bco", "dpo", "kto", "lipo", "rpo", "tdpo"})
+LOG_RATIO_BETAS = frozenset(
+    {
+        "aot",
+        "aot_unpaired",
+        "apo_down",
+        "apo_zero",
+        "bco",
+        "cdpo",
+        "cpo",
+        "d2o",
+        "demo_reg",
+        "discopop",
+        "dpo",
+        "dpo_hinge",
+        "dpop",
+        "elr",
+        "hypo",
+        "infonca",
+        "kto",
+        "ld_dpo",
+        "lipo",
+        "lipo_lambda",
+        "list_hinge",
+        "list_softmax",
+        "mapl",
+        "nca",
+        "pl_dpo",
+        "r_dpo",
+        "rdpo",
+        "regret_pref",
+        "robust_bt",
+        "rpo",
+        "rrpo",
+        "seppo",
+        "smpo",
+        "soft_dpo",
+        "t_reg",
+        "tdpo",
+        "tgdpo",
+        "vpo",
+        "wpo",
+    }
+)
 """Methods whose `beta` multiplies a log-ratio summed over tokens."""
-OTHER_SCALES = frozenset({"dro_v", "ipo", "orpo", "sft", "simpo"})
+OTHER_SCALES = frozenset(
+    {
+        "beta_dpo",
+        "brain",
+        "cal_dpo",
+        "chi_po",
+        "cpl",
+        "dpo_norm",
+        "dro_v",
+        "exo_pref",
+        "exo_rw",
+        "f_dpo",
+        "flex_dpo",
+        "ipo",
+        "iqlearn_sft",
+        "orpo",
+        "ps_kd",
+        "sft",
+        "sft_fdiv",
+        "simpo",
+        "slic",
+        "spac",
+        "spin",
+    }
+)
 """Methods without such a beta: length-normalised, or with a scale of another meaning."""
 _SMALL_BATCH, _SMALL_UNPAIRED_BATCH = 32, 16
 _MANY_ROWS = 100_000

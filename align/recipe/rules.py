@@ -39,14 +39,16 @@ class Uses:
     view: str
     reference: bool
     value: bool
+    guide: bool = False
 
     @classmethod
     def of(cls, method: Any) -> Uses:
         needs = method.requires()
         return cls(
             view=method.view,
-            reference=any(name == "ref_logp" or name.startswith("kl_") for name in needs),
+            reference=any(name in ("ref_logp", "cross_entropy") or name.startswith("kl_") for name in needs),
             value="value" in needs,
+            guide="anchor.guide" in needs,
         )
 
 
@@ -85,6 +87,8 @@ def _unused_reference(recipe: Recipe, uses: Uses) -> dict[str, str]:
         return dict.fromkeys(keys.values(), f"`{recipe.method.name}` reads no reference")
     kind = recipe.reference.kind
     found = {}
+    if not uses.guide:
+        found[keys["guide"]] = f"`{recipe.method.name}` has no guide"
     if kind != "cached":
         found[keys["cache_dir"]] = f"it is read with `kind: cached`, not `{kind}`"
     if kind != "ema":
@@ -100,6 +104,12 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
         for key, why in unused(recipe, uses).items():
             if key in given:
                 yield ConfigError(f"`{key}` is unused", where=given[key], why=why, mend="remove it")
+        if uses.guide and recipe.reference.guide is None:
+            yield ConfigError(
+                f"`{recipe.method.name}` needs a trained policy as its guide",
+                where=given.get("method.name", ""),
+                mend="set `reference.guide`, for example to a finished dpo run's `policy` folder",
+            )
     if recipe.reference.kind == "adapter_off" and recipe.model.peft is None:
         yield ConfigError(
             "`reference.kind: adapter_off` without an adapter",
@@ -185,7 +195,11 @@ def _streams(key: str, streams: tuple[Stream, ...], given: Mapping[str, str]) ->
 
 
 def _paths(recipe: Recipe, given: Mapping[str, str]) -> Iterator[AlignError]:
-    for key, name in (("model.name", recipe.model.name), ("reference.model", recipe.reference.model)):
+    for key, name in (
+        ("model.name", recipe.model.name),
+        ("reference.model", recipe.reference.model),
+        ("reference.guide", recipe.reference.guide),
+    ):
         if name and _looks_local(name, ()) and not Path(name).expanduser().is_dir():
             yield ConfigError(f"there is no model folder `{name}`", where=given.get(key, ""), mend="check the path")
     if recipe.model.revision is not None and Path(recipe.model.name).expanduser().is_dir():

@@ -130,6 +130,7 @@ def _renamed(recipe: Recipe) -> dict[str, Any]:
         "chat_template": None if data.chat_template == "model" else str(Path(data.chat_template).expanduser()),
         "reference": reference.kind,
         "reference_model": _expanded(reference.model),
+        "guide_model": _expanded(reference.guide),
         "reference_cache": _expanded(reference.cache_dir),
         "ema_decay": reference.decay,
         "ema_every": reference.every,

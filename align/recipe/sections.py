@@ -98,6 +98,7 @@ class Reference:
 
     kind: Literal["auto", "frozen", "adapter_off", "cached", "ema"] = option("auto", doc="auto: by adapter")
     model: str | None = option(None, doc="hub id or folder; null: the starting policy")
+    guide: str | None = option(None, doc="hub id or folder of a second frozen policy, for `tgdpo` or `brain`")
     cache_dir: str | None = option(None, doc="folder of cached log-probabilities, with `kind: cached`")
     decay: float = option(0.6, above=0, at_most=1, doc="weight of the policy in a refresh, with `kind: ema`")
     every: int = option(512, at_least=1, doc="optimiser steps between refreshes, with `kind: ema`")

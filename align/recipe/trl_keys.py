@@ -42,6 +42,19 @@ _LOSSES = {
         "sft",
     ],
 }
+_PAIRWISE: dict[str, tuple[str, str, str]] = {
+    "hinge": ("dpo_hinge", "", ""),
+    "robust": ("rdpo", "eps", ""),
+    "sigmoid_norm": ("dpo_norm", "", ""),
+    "nca_pair": ("nca", "", "a pair is a list of two"),
+    "aot": ("aot", "eps", "sorted over the global batch, not over each device's micro-batch"),
+    "aot_unpaired": ("aot_unpaired", "eps", "sorted over the global batch, not over each device's micro-batch"),
+    "apo_zero": ("apo_zero", "", ""),
+    "apo_down": ("apo_down", "", ""),
+    "discopop": ("discopop", "", ""),
+}
+"""A `loss_type` of DPOTrainer -> our method, the option that `label_smoothing` becomes (none: TRL does not read it),
+and what differs."""
 STRAIGHT: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "weight_decay": ("train.weight_decay", float),
     "max_grad_norm": ("train.max_grad_norm", float),
@@ -163,7 +176,7 @@ def _dpo(work: _Work) -> None:
         work.fault("loss_type", f"several losses at once: {', '.join(losses)}", "a method is one objective", mend)
         return
     changed = {
-        "f_divergence_type": "reverse_kl",
+        "f_divergence_type": "reverse_kl" if losses[0] != "sigmoid" else work.value("f_divergence_type"),
         "ld_alpha": None,
         "use_weighting": False,
     }
@@ -174,19 +187,60 @@ def _dpo(work: _Work) -> None:
     beta, smoothing = float(work.value("beta")), float(work.value("label_smoothing"))
     loss = losses[0]
     if loss == "sigmoid":
-        work.set("loss_type", "method.name", "dpo")
-        work.set("beta", "method.beta", beta)
-        if smoothing:
-            work.say("label_smoothing", work.given["label_smoothing"], "", "TRL's `sigmoid` does not read it either")
+        _sigmoid(work, beta, smoothing)
     elif loss == "ipo":
         work.set("loss_type", "method.name", "ipo", "log-ratios per token, as in TRL")
         work.set("beta", "method.tau", beta)
         work.recipe["method"]["normalize"] = "token"
+    elif loss == "exo_pair":
+        work.set("loss_type", "method.name", "exo_pref")
+        work.set("beta", "method.beta_pi", beta)
+        if smoothing:
+            work.set("label_smoothing", "method.eps", smoothing)
+    elif loss in _PAIRWISE:
+        _pairwise(work, loss, beta, smoothing)
     elif loss == "sft":
         work.set("loss_type", "method.name", "sft", "on the chosen answers")
         work.done.add("beta")
     else:
         _absent(work, loss)
+
+
+def _pairwise(work: _Work, loss: str, beta: float, smoothing: float) -> None:
+    ours, rate, says = _PAIRWISE[loss]
+    work.set("loss_type", "method.name", ours, says)
+    work.set("beta", "method.beta", beta)
+    if rate:
+        work.set("label_smoothing", f"method.{rate}", smoothing)
+    elif smoothing:
+        work.say("label_smoothing", work.given["label_smoothing"], "", f"TRL's `{loss}` does not read it either")
+    if loss == "discopop":
+        work.set("discopop_tau", "method.tau", float(work.value("discopop_tau")))
+    elif loss == "nca_pair":
+        work.recipe["method"]["alpha"] = 0.01
+
+
+def _sigmoid(work: _Work, beta: float, smoothing: float) -> None:
+    if work.value("f_divergence_type") == "reverse_kl":
+        work.set("loss_type", "method.name", "dpo")
+    else:
+        _divergence(work)
+    work.set("beta", "method.beta", beta)
+    if smoothing:
+        work.say("label_smoothing", work.given["label_smoothing"], "", "TRL's `sigmoid` does not read it either")
+
+
+def _divergence(work: _Work) -> None:
+    theirs = str(work.value("f_divergence_type"))
+    ours = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}.get(theirs)
+    if ours is None:
+        work.fault("f_divergence_type", f"TRL has no `f_divergence_type: {theirs}`")
+        return
+    work.set("loss_type", "method.name", "f_dpo")
+    work.set("f_divergence_type", "method.divergence", ours)
+    if ours == "alpha":
+        alpha = 1 - float(work.value("f_alpha_divergence_coef"))
+        work.set("f_alpha_divergence_coef", "method.alpha", alpha, "the paper's alpha is 1 minus TRL's")
 
 
 def _absent(work: _Work, loss: str) -> None:

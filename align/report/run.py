@@ -21,6 +21,16 @@ _CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
     "rewards/accuracies": ("Reward accuracy", "share of pairs, chosen above rejected", {"rewards/accuracies": ""}),
     "rewards/margins": ("Reward margin", "implicit reward, chosen minus rejected", {"rewards/margins": ""}),
     "rewards/chosen": ("Rewards", "implicit reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    "log_ratio/chosen": (
+        "Log-ratio to the reference",
+        "nats per answer",
+        {"log_ratio/chosen": "chosen", "log_ratio/rejected": "rejected"},
+    ),
+    "log_ratio/first_token_margin": (
+        "Where the margin comes from",
+        "log-ratio, chosen minus rejected, in nats",
+        {"log_ratio/first_token_margin": "first token", "log_ratio/later_tokens_margin": "later tokens"},
+    ),
     "grad_norm": ("Gradient norm", "norm before clipping", {"grad_norm": ""}),
     "learning_rate": ("Learning rate", "learning rate", {"learning_rate": ""}),
 }

@@ -7,7 +7,8 @@ the branches of all groups in order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from align.core.errors import ConfigError, DataError, suggestion
-from align.data.groups import Preference, TokenCompletion, TokenGroup
+from align.core.seeds import derive
+from align.data.groups import CONTRASTS, ROLES, Preference, RowId, TokenCompletion, TokenGroup, beside
 from align.scoring.layout import Tree
 from align.scoring.views import (
     TOKEN_COLUMNS,
@@ -30,8 +32,7 @@ from align.scoring.views import (
     win_shares,
 )
 
-BASELINE_ROLE = "demonstration"
-SAMPLE_ROLE = "sample"
+SAMPLE_ROLE, BASELINE_ROLE = ROLES["samples"], ROLES["baseline"]
 
 REFERENCE_COLUMNS = frozenset({"ref_logp"})
 VALUE_COLUMNS = frozenset({"value"})
@@ -47,12 +48,19 @@ DATA_COLUMNS = frozenset(
         "mismatched",
         "baseline",
         "samples",
+        "contrasts",
         "scores",
         "ranks",
+        "marked",
+        "step",
+        "ties",
+        "key",
     }
 )
 PREVIOUS_COLUMNS = frozenset({"old_logp"})
-TWO_MODEL_COLUMNS = frozenset({"kl_ref_policy", "kl_policy_ref"})
+ANCHOR = "anchor."
+"""`anchor.NAME` is the column of log-probs of another frozen policy, or of the reference after another prompt."""
+TWO_MODEL_COLUMNS = frozenset({"kl_ref_policy", "kl_policy_ref", "cross_entropy"})
 ENGINE_COLUMNS = frozenset(TOKEN_COLUMNS) - REFERENCE_COLUMNS - DATA_COLUMNS - PREVIOUS_COLUMNS
 
 
@@ -72,6 +80,7 @@ class ColumnsNeeded:
         previous: of the policy before the step or round.
         value: of the value role.
         data: of the rows.
+        anchors: `anchor.NAME`, log-probs of other frozen policies or after other prompts.
     """
 
     engine: frozenset[str]
@@ -79,6 +88,7 @@ class ColumnsNeeded:
     previous: frozenset[str]
     value: frozenset[str]
     data: frozenset[str]
+    anchors: frozenset[str] = frozenset()
 
     @property
     def live_reference(self) -> bool:
@@ -88,7 +98,12 @@ class ColumnsNeeded:
     @property
     def outputs(self) -> frozenset[str]:
         """Every column that `make_view` expects in `outputs`."""
-        return self.engine | self.reference | self.previous | self.value
+        return self.engine | self.reference | self.previous | self.value | self.anchors
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Outputs that carry no gradient and are the same in a second pass over a batch."""
+        return self.reference | self.anchors
 
 
 def columns_needed(method: Declares) -> ColumnsNeeded:
@@ -99,7 +114,8 @@ def columns_needed(method: Declares) -> ColumnsNeeded:
     """
     needs = method.requires()
     known = ENGINE_COLUMNS | REFERENCE_COLUMNS | PREVIOUS_COLUMNS | VALUE_COLUMNS | DATA_COLUMNS
-    for name in sorted(needs - known):
+    anchors = frozenset(name for name in needs if name.startswith(ANCHOR))
+    for name in sorted(needs - known - anchors):
         raise ConfigError(f"no part of align produces the column `{name}`", mend=suggestion(name, known))
     return ColumnsNeeded(
         engine=(needs & ENGINE_COLUMNS) | {"logp"},
@@ -107,15 +123,20 @@ def columns_needed(method: Declares) -> ColumnsNeeded:
         previous=needs & PREVIOUS_COLUMNS,
         value=needs & VALUE_COLUMNS,
         data=needs & DATA_COLUMNS,
+        anchors=anchors,
     )
 
 
-def trees_of(groups: Sequence[TokenGroup]) -> list[Tree]:
-    """One tree a group; branches are the completions, then the mismatched completions."""
+def trees_of(groups: Sequence[TokenGroup], context: str = "") -> list[Tree]:
+    """One tree a group; branches are the completions, then the mismatched completions.
+
+    `context` names the prompt of `TokenGroup.contexts` that takes the place of the group's own.
+    """
     trees = []
     for group in groups:
         branches = (*group.completions, *group.mismatched)
-        trees.append(Tree(group.prompt, tuple(b.ids for b in branches), tuple(b.mask for b in branches)))
+        prompt = group.contexts[context] if context else group.prompt
+        trees.append(Tree(prompt, tuple(b.ids for b in branches), tuple(b.mask for b in branches)))
     return trees
 
 
@@ -123,7 +144,8 @@ def placeholder_outputs(groups: Sequence[TokenGroup], needs: Iterable[str]) -> d
     """Zeros in the shape of the outputs; the terms of a loss of them have the unit counts of the real ones."""
     lengths = [len(branch) for group in groups for branch in (*group.completions, *group.mismatched)]
     n, width = len(lengths), max(lengths, default=0)
-    outputs = {name: torch.zeros(n, width) for name in {"logp", *needs} & set(TOKEN_COLUMNS)}
+    wanted = {"logp", *needs}
+    outputs = {name: torch.zeros(n, width) for name in wanted if name in TOKEN_COLUMNS or name.startswith(ANCHOR)}
     if "value" in needs:
         outputs["value"] = torch.zeros(n, width + 1)
     return outputs
@@ -173,6 +195,11 @@ class _Branches:
             self.starts.append(len(self.all))
             self.all += group.completions
             self.all += group.mismatched
+        self.keys = [
+            completion_key(group.row, place)
+            for group in groups
+            for place in range(len(group.completions) + len(group.mismatched))
+        ]
         self.device = outputs["logp"].device
         width = outputs["logp"].shape[-1]
         lengths = np.fromiter((len(branch.ids) for branch in self.all), np.int64, len(self.all))
@@ -184,7 +211,9 @@ class _Branches:
             mask[filled] = np.concatenate([branch.mask for branch in self.all])
             step[filled] = np.concatenate([branch.step for branch in self.all])
         self.mask = torch.from_numpy(mask).to(self.device)
-        self.columns = {name: column.to(dtype) for name, column in outputs.items()}
+        given = {name: column.to(dtype) for name, column in outputs.items()}
+        self.columns = {name: column for name, column in given.items() if not name.startswith(ANCHOR)}
+        self.anchors = {n.removeprefix(ANCHOR): column for n, column in given.items() if n.startswith(ANCHOR)}
         self.columns["step"] = torch.from_numpy(step).to(self.device)
 
     def floats(self, values: Sequence[float | None]) -> Tensor:
@@ -206,17 +235,48 @@ class _Branches:
         columns = dict(columns)
         columns["weight"] = self.floats([one.weight for one in picked])
         columns["finished"] = torch.tensor([one.finished for one in picked], device=self.device)
+        columns["key"] = self.index([self.keys[row] for row in rows])
         if picked and all(one.label is not None for one in picked):
             columns["label"] = torch.tensor([bool(one.label) for one in picked], device=self.device)
         if picked and all(one.reward is not None for one in picked):
             columns["reward"] = self.floats([one.reward for one in picked])
+        if picked and all(one.step_rewards is not None for one in picked):
+            columns["token_reward"] = self._token_rewards(picked, int(columns["step"].shape[1]))
         aspects = [name for name in (picked[0].rewards if picked else ()) if all(name in one.rewards for one in picked)]
         return Completions(
             mask=self.mask if whole else self.mask.index_select(0, index),
             columns=columns,
+            anchors={name: column.index_select(0, index) for name, column in self.anchors.items()},
             rewards={name: self.floats([one.rewards[name] for one in picked]) for name in aspects},
             role=tuple(one.role for one in picked) if any(one.role for one in picked) else (),
         )
+
+    def _token_rewards(self, picked: Sequence[TokenCompletion], width: int) -> Tensor:
+        """Each step's reward at its last scored token, [N, T]; a step whose end was cut earned nothing."""
+        table = np.zeros((len(picked), width))
+        for row, one in zip(table, picked, strict=True):
+            whole = one.step[-1] + one.finished
+            for step in np.unique(one.step[one.mask]):
+                if step < whole:
+                    row[np.flatnonzero(one.mask & (one.step == step))[-1]] = (one.step_rewards or ())[step]
+        return torch.from_numpy(table).to(self.device, self.dtype)
+
+    def marked(self, completions: Completions, marks: Sequence[np.ndarray | None]) -> Completions:
+        """The completions with a `marked` column, where each has marks."""
+        if not marks or any(own is None for own in marks):
+            return completions
+        table = np.zeros(tuple(completions.mask.shape), dtype=bool)
+        for row, own in zip(table, marks, strict=True):
+            if own is not None:
+                row[: len(own)] = own
+        columns = {**completions.columns, "marked": torch.from_numpy(table).to(self.device)}
+        return replace(completions, columns=columns)
+
+
+@lru_cache(maxsize=1 << 16)
+def completion_key(row: RowId, place: int) -> int:
+    """A number in [0, 2**63) of a row and the place of a branch in it, for what a method draws or keeps for each."""
+    return derive(0, "completion", row.source, row.row, place)
 
 
 def _check_shapes(outputs: Mapping[str, Tensor], n: int, longest: int, width: int) -> None:
@@ -237,6 +297,8 @@ def _pairs(branches: _Branches, shared: Mapping[str, Any]) -> Pairs:
     baseline: list[int] = []
     samples: list[int] = []
     owner: list[int] = []
+    contrasts: list[int] = []
+    contrast_owner: list[int] = []
     for start, group in zip(branches.starts, branches.groups, strict=True):
         if not group.preferences:
             continue
@@ -244,9 +306,12 @@ def _pairs(branches: _Branches, shared: Mapping[str, Any]) -> Pairs:
         others = [(i, one.role) for i, one in enumerate(group.completions) if i not in paired]
         demonstrations = [start + i for i, role in others if role == BASELINE_ROLE]
         own_samples = [start + i for i, role in others if role == SAMPLE_ROLE]
+        own_contrasts = [start + i for i, role in others if role.partition(":")[0] in CONTRASTS]
         for preference in group.preferences:
             samples += own_samples
             owner += [len(preferences)] * len(own_samples)
+            contrasts += own_contrasts
+            contrast_owner += [len(preferences)] * len(own_contrasts)
             baseline += demonstrations[:1]
             chosen.append(start + preference.winner)
             rejected.append(start + preference.loser)
@@ -258,14 +323,16 @@ def _pairs(branches: _Branches, shared: Mapping[str, Any]) -> Pairs:
         raise DataError("some prompts of this batch have samples and some have none")
     margins = [preference.margin for preference in preferences]
     return Pairs(
-        chosen=branches.take(chosen),
-        rejected=branches.take(rejected),
+        chosen=branches.marked(branches.take(chosen), [p.marks and p.marks[0] for p in preferences]),
+        rejected=branches.marked(branches.take(rejected), [p.marks and p.marks[1] for p in preferences]),
         probability=branches.floats([1.0 if p.probability is None else p.probability for p in preferences]),
         weight=branches.floats([p.weight for p in preferences]),
         margin=branches.floats(margins) if pairs and None not in margins else None,
         baseline=branches.take(baseline) if baseline else None,
         samples=branches.take(samples) if samples else None,
         sample_pair=branches.index(owner) if samples else None,
+        contrasts=branches.take(contrasts) if contrasts else None,
+        contrast_pair=branches.index(contrast_owner) if contrasts else None,
         **shared,
     )
 
@@ -276,12 +343,25 @@ def _singles(cls: type[Singles], branches: _Branches, shared: Mapping[str, Any])
         for start, group in zip(branches.starts, branches.groups, strict=True)
         for i in range(len(group.mismatched))
     ]
-    rows = branches.completions()
-    if mismatched and any(len(group.mismatched) != len(group.completions) for group in branches.groups):
+    rows: list[int] = []
+    samples: list[int] = []
+    owner: list[int] = []
+    for start, group in zip(branches.starts, branches.groups, strict=True):
+        drawn = [start + i for i, one in enumerate(group.completions) if one.role == SAMPLE_ROLE]
+        for i, one in enumerate(group.completions):
+            if not beside(one.role):
+                samples += drawn
+                owner += [len(rows)] * len(drawn)
+                rows.append(start + i)
+    if samples and len(set(owner)) != len(rows):
+        raise DataError("some prompts of this batch have samples and some have none")
+    if mismatched and len(mismatched) != len(rows):
         raise DataError("some completions of this batch have a mismatched partner and some have none")
     return cls(
         completions=branches.take(rows),
         mismatched=branches.take(mismatched) if mismatched else None,
+        samples=branches.take(samples) if samples else None,
+        sample_of=branches.index(owner) if samples else None,
         **shared,
     )
 

@@ -22,6 +22,7 @@ TOKEN_COLUMNS = (
     "sampler_logp",
     "kl_ref_policy",
     "kl_policy_ref",
+    "cross_entropy",
     "entropy",
     "log_sum_sq",
     "log_max",
@@ -29,7 +30,7 @@ TOKEN_COLUMNS = (
     "logsumexp",
     "token_reward",
 )
-COMPLETION_COLUMNS = ("label", "reward", "weight", "finished")
+COMPLETION_COLUMNS = ("label", "reward", "weight", "finished", "key")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,7 +49,7 @@ class Completions:
 
     Attributes:
         mask: bool [N, T], true where a token is scored.
-        columns: name -> tensor; [N, T] for `TOKEN_COLUMNS` and `step`, [N, T + 1] for `value`
+        columns: name -> tensor; [N, T] for `TOKEN_COLUMNS`, `step` and `marked`, [N, T + 1] for `value`
             (V of the state before each token, and of the end), [N] for `COMPLETION_COLUMNS`.
         anchors: name -> [N, T], log-probabilities of other frozen policies.
         rewards: aspect -> [N].
@@ -111,6 +112,11 @@ class Completions:
         return self.column("kl_policy_ref")
 
     @property
+    def cross_entropy(self) -> Tensor:
+        """-sum_v q(v) log pi(v) at each position with q of the reference, [N, T]."""
+        return self.column("cross_entropy")
+
+    @property
     def entropy(self) -> Tensor:
         return self.column("entropy")
 
@@ -146,6 +152,11 @@ class Completions:
         return self.column("step")
 
     @property
+    def marked(self) -> Tensor:
+        """bool [N, T], true where the token is in a segment that differs from the pair's other answer."""
+        return self.column("marked")
+
+    @property
     def label(self) -> Tensor:
         """bool [N], true where the completion is desirable."""
         return self.column("label")
@@ -159,6 +170,11 @@ class Completions:
         """[N]; 1 where the data say nothing."""
         given = self.columns.get("weight")
         return torch.ones(len(self), device=self.mask.device) if given is None else given
+
+    @property
+    def key(self) -> Tensor:
+        """long [N], a number of the row and the completion's place in it: the same in every epoch, order and split."""
+        return self.column("key")
 
     @property
     def finished(self) -> Tensor:
@@ -251,6 +267,9 @@ class Pairs(View):
         baseline: Completions of length P or None, a third response (RPO's baseline).
         samples: M Completions or None, samples of a frozen policy for the same prompts.
         sample_pair: long [M] or None, the pair that each sample belongs to; every pair has at least one.
+        contrasts: M Completions or None, answers after other prompts; `role` is `KIND:NUMBER:SIGN`: the sign with which
+            the log-ratio enters contrast NUMBER of the pair, KIND being `intra` (one answer) or `inter` (a pair).
+        contrast_pair: long [M] or None, the pair that each of them belongs to.
     """
 
     chosen: Completions
@@ -261,6 +280,8 @@ class Pairs(View):
     baseline: Completions | None = None
     samples: Completions | None = None
     sample_pair: Tensor | None = None
+    contrasts: Completions | None = None
+    contrast_pair: Tensor | None = None
 
     own_unit = "pair"
 
@@ -285,11 +306,15 @@ class Pairs(View):
 class Singles(View):
     """N completions judged one by one (`label` or `reward`).
 
-    `mismatched` [N], where the method needs it: another row's completion after the same prompt.
+    `mismatched` [N], where the method needs it: another row's completion after the same prompt. `samples` are M
+    samples of a frozen policy for the same prompts, and `sample_of` (long [M]) the completion that each belongs to:
+    every completion has at least one.
     """
 
     completions: Completions
     mismatched: Completions | None = None
+    samples: Completions | None = None
+    sample_of: Tensor | None = None
 
     own_unit = "completion"
 

@@ -82,8 +82,13 @@ def kl_ref_policy(tile: Tile) -> Tensor:
     return (tile.other_log_probs.exp() * (tile.other_log_probs - tile.log_probs)).sum(-1)
 
 
+def cross_entropy(tile: Tile) -> Tensor:
+    """-sum_v q(v) log pi(v), with q of the other model."""
+    return -(tile.other_log_probs.exp() * tile.log_probs).sum(-1)
+
+
 FUNCTIONALS: dict[str, Callable[[Tile], Tensor]] = {
     function.__name__: function
-    for function in (logp, logit, logsumexp, entropy, log_sum_sq, log_max, kl_policy_ref, kl_ref_policy)
+    for function in (logp, logit, logsumexp, entropy, log_sum_sq, log_max, kl_policy_ref, kl_ref_policy, cross_entropy)
 }
-NEEDS_OTHER = frozenset({"kl_policy_ref", "kl_ref_policy"})
+NEEDS_OTHER = frozenset({"kl_policy_ref", "kl_ref_policy", "cross_entropy"})

@@ -136,7 +136,8 @@ def _spoiled(view: View) -> View:
         columns = dict(completions.columns)
         for name in set(columns) & set(TOKEN_COLUMNS):
             columns[name] = torch.where(completions.mask, columns[name], -3.7 + 0.1 * len(name))
-        return replace(completions, columns=columns)
+        anchors = {name: torch.where(completions.mask, x, -2.9) for name, x in completions.anchors.items()}
+        return replace(completions, columns=columns, anchors=anchors)
 
     parts = {field.name: getattr(view, field.name) for field in fields(view)}
     spoiled: dict[str, Any] = {name: spoil(part) for name, part in parts.items() if isinstance(part, Completions)}
@@ -202,8 +203,11 @@ def _with(rows: Sequence[Row], logp: float | None, reference: float, kl: float) 
     def change(one: Row) -> Row:
         n = len(one["logp"])
         given: dict[str, Any] = {"ref_logp": reference, "old_logp": reference, "sampler_logp": reference}
-        given |= {"kl_ref_policy": kl, "kl_policy_ref": kl, "logp": logp}
-        return one if logp is None else {**one, **{name: [given[name]] * n for name in given if name in one}}
+        given |= {"kl_ref_policy": kl, "kl_policy_ref": kl, "cross_entropy": kl, "logp": logp}
+        if logp is None:
+            return one
+        anchors = {"anchor": {name: [logp] * n for name in one["anchor"]}} if "anchor" in one else {}
+        return {**one, **{name: [given[name]] * n for name in given if name in one}, **anchors}
 
     return [map_completions(row, change) for row in rows]
 
@@ -212,7 +216,7 @@ def _equal_completions(rows: Sequence[Row]) -> list[Row]:
     changed = []
     for row in rows:
         first = row["chosen"] if "chosen" in row else row["completions"][0] if "completions" in row else row
-        columns = {n: v for n, v in first.items() if n not in ("mismatched", "label", "reward", "weight")}
+        columns = {n: v for n, v in first.items() if n not in ("mismatched", "samples", "label", "reward", "weight")}
 
         def same(one: Row, columns: Row = columns) -> Row:
             return {**one, **columns}
@@ -251,12 +255,13 @@ def extremes(method: Method, seed: int) -> str:
 
 
 def state(method: Method, seed: int) -> str:
-    """`observe` keeps the state's names and shapes, finite, whatever the order; `loss` changes nothing."""
+    """`observe` keeps the state's names and forms (a memory may grow), finite, in any order; `loss` changes nothing."""
     start = method.initial_state()
     rows = random_rows(method, ROWS, seed)
     views = [make_bare_view(method.view, some, state=start) for some in (rows, rows[::-1])]
     ours, theirs = (method.observe(view) for view in views)
-    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in start.items()}:
+    forms = [{name: (x.ndim, x.shape[1:], x.dtype) for name, x in made.items()} for made in (ours, start)]
+    if forms[0] != forms[1]:
         return f"observe returns {sorted(ours)}, the initial state is {sorted(start)}"
     if any(not torch.isfinite(x).all() or x.requires_grad for x in ours.values()):
         return "observe returns a state that is not finite, or carries a gradient"

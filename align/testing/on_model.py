@@ -24,9 +24,11 @@ from align.testing.steps import (
     random_groups,
     relative_difference,
     role_module,
+    with_contexts,
 )
 from align.testing.tiny import random_pairs, save_tiny, tiny_model
 from align.trainers import AlignConfig, PreferenceTrainer
+from align.trainers.references import GUIDE
 
 EVERYTHING = 1 << 20
 TOLERANCE = 1e-5
@@ -45,7 +47,8 @@ class Bench:
         if needed.reference or needed.live_reference:
             self.reference = other.eval().requires_grad_(False)
         self.roles = role_module(policy, method)
-        self.groups = random_groups(method.view, count, seed=seed + 3)
+        groups = random_groups(method.view, count, seed=seed + 3, needs=method.requires())
+        self.groups = with_contexts(groups, method, seed)
 
     def step(
         self, groups: Sequence[TokenGroup] | None = None, budget: int = EVERYTHING, backend: Any = "tree"
@@ -108,6 +111,20 @@ class _Stop(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == self.step
 
 
+def _rows(method: Method, seed: int) -> list[dict[str, Any]]:
+    """Pairs, with the further answers that the method reads: two samples, a demonstration."""
+    rows, others = (random_pairs(12, seed=drawn) for drawn in (seed, seed + 1))
+    needs = method.requires()
+    for row, other in zip(rows, others, strict=True):
+        row |= {"samples": [other["chosen"], other["rejected"]]} if "samples" in needs else {}
+        row |= {"baseline": other["chosen"]} if "baseline" in needs else {}
+        row |= {"chosen_step_rewards": [0.7], "rejected_step_rewards": [-0.2]} if "token_reward" in needs else {}
+        asked = {"better": row["prompt"] + " Be brief.", "worse": row["prompt"] + " Write in verse."}
+        kinds = [{"kind": "intra", "completion": row["chosen"], **asked}, {"kind": "inter", **asked}]
+        row |= {"contrasts": kinds} if "contrasts" in needs else {}
+    return rows
+
+
 def _run(method: Method, model: str, out: Path, seed: int, stop: int | None = None) -> PreferenceTrainer:
     args = AlignConfig(
         output_dir=str(out),
@@ -119,8 +136,9 @@ def _run(method: Method, model: str, out: Path, seed: int, stop: int | None = No
         seed=seed,
         disable_tqdm=True,
         use_cpu=True,
+        guide_model=str(save_tiny(out.parent / "guide", seed=5)) if GUIDE in method.requires() else None,
     )
     callbacks = None if stop is None else [_Stop(stop)]
-    trainer = PreferenceTrainer(model, method, args, random_pairs(12, seed=seed), callbacks=callbacks)
+    trainer = PreferenceTrainer(model, method, args, _rows(method, seed), callbacks=callbacks)
     trainer.train()
     return trainer

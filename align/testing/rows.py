@@ -18,6 +18,7 @@ TRAINED = (
     "value",
     "kl_ref_policy",
     "kl_policy_ref",
+    "cross_entropy",
     "entropy",
     "log_sum_sq",
     "log_max",
@@ -28,13 +29,15 @@ TRAINED = (
 
 _DRAWS: dict[str, Callable[[random.Random, float], float]] = {
     **dict.fromkeys(("ref_logp", "old_logp", "sampler_logp"), lambda rng, p: min(-0.005, p + rng.gauss(0, 0.5))),
-    **dict.fromkeys(("kl_ref_policy", "kl_policy_ref", "entropy"), lambda rng, p: rng.expovariate(3.0)),
+    **dict.fromkeys(
+        ("kl_ref_policy", "kl_policy_ref", "cross_entropy", "entropy"), lambda rng, p: rng.expovariate(3.0)
+    ),
     **dict.fromkeys(("log_sum_sq", "log_max"), lambda rng, p: -rng.expovariate(2.0)),
     **dict.fromkeys(("logit", "logsumexp", "token_reward"), lambda rng, p: rng.gauss(0, 1)),
 }
 
 _PARTS = ("chosen", "rejected", "baseline", "mismatched")
-_MANY = ("samples", "completions")
+_MANY = ("samples", "contrasts", "completions")
 
 
 def random_completion(method: Method, rng: random.Random, longest: int = 6) -> Row:
@@ -46,15 +49,36 @@ def random_completion(method: Method, rng: random.Random, longest: int = 6) -> R
     one["mask"] = [rng.random() < 0.8 for _ in range(length - 1)] + [True]
     for name in sorted(needs & set(_DRAWS)):
         one[name] = [_DRAWS[name](rng, p) for p in logp]
+    if "step" in needs:
+        turn = rng.randint(0, 2)
+        one["step"] = [turn := turn + (rng.random() < 0.4) for _ in logp]
+    if "marked" in needs:
+        one["marked"] = [rng.random() < 0.4 for _ in logp]
+    anchors = sorted(name.removeprefix("anchor.") for name in needs if name.startswith("anchor."))
+    if anchors:
+        one["anchor"] = {name: [_DRAWS["ref_logp"](rng, p) for p in logp] for name in anchors}
     if "value" in needs:
         one["value"] = [rng.gauss(0, 1) for _ in range(length + 1)]
     if "reward" in needs:
         one["reward"] = rng.gauss(0, 1)
     if "label" in needs:
         one["label"] = rng.random() < 0.6
+    if "key" in needs:
+        one["key"] = rng.getrandbits(62)
     if "rewards" in needs:
         one["rewards"] = {"helpful": rng.gauss(0, 1), "harmless": rng.gauss(0, 1)}
     return one
+
+
+def contrast_roles(intra: int, inter: int) -> list[str]:
+    """Roles of the completions of so many contrasts of one pair."""
+    signs = {"intra": "+-", "inter": "+--+"}
+    return [
+        f"{kind}:{number}:{sign}"
+        for kind, count in (("intra", intra), ("inter", inter))
+        for number in range(count)
+        for sign in signs[kind]
+    ]
 
 
 def random_rows(method: Method, n: int, seed: int = 0, longest: int = 6) -> list[Row]:
@@ -81,6 +105,10 @@ def _random_row(method: Method, rng: random.Random, longest: int) -> Row:
             row["baseline"] = one()
         if "samples" in needs:
             row["samples"] = [one() for _ in range(rng.randint(1, 3))]
+        if "contrasts" in needs:
+            row["contrasts"] = [
+                {**one(), "role": role} for role in contrast_roles(rng.randint(1, 2), rng.randint(1, 2))
+            ]
         return row
     if method.view in ("lists", "groups"):
         size = rng.randint(1, 4)
@@ -91,6 +119,9 @@ def _random_row(method: Method, rng: random.Random, longest: int) -> Row:
     row = one()
     if "mismatched" in needs:
         row["mismatched"] = {name: value for name, value in one().items() if name not in ("label", "reward")}
+    if "samples" in needs:
+        drawn = [one() for _ in range(rng.randint(1, 3))]
+        row["samples"] = [{name: v for name, v in own.items() if name not in ("label", "reward")} for own in drawn]
     return row
 
 

@@ -7,7 +7,8 @@ and calls backward once. It is slow and obviously right.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from align.core.seeds import generator
-from align.data.groups import Preference, RowId, TokenCompletion, TokenGroup
+from align.data.groups import ROLES, Preference, RowId, TokenCompletion, TokenGroup
+from align.data.marks import mark_differences
 from align.data.partners import add_mismatched
 from align.methods.base import Method, finish
 from align.reference import Frozen
-from align.scoring.assemble import columns_needed, make_view
+from align.scoring.assemble import ANCHOR, columns_needed, make_view
 from align.scoring.backends import Name, prepare
 from align.scoring.value import ValueModel
+from align.testing.rows import contrast_roles
 from align.trainers.engine import VALUE, Engine
 from align.trainers.metrics import Meter
 from align.trainers.roles import RoleModule
@@ -30,8 +33,14 @@ from align.trainers.step import PackedStep
 Gradients = dict[str, Tensor]
 
 
-def random_groups(view: str, count: int, seed: int = 0, vocab: int = 320, longest: int = 12) -> list[TokenGroup]:
-    """Groups of random token ids for a view: pairs, labelled or rewarded singles, scored lists, demonstrations."""
+def random_groups(
+    view: str, count: int, seed: int = 0, vocab: int = 320, longest: int = 12, needs: Collection[str] = ()
+) -> list[TokenGroup]:
+    """Groups of random token ids for a view: pairs, labelled or rewarded singles, scored lists, demonstrations.
+
+    With `samples`, `baseline` or `contrasts` among `needs`, each group has one to three samples, a demonstration, or
+    contrasts of prompts too.
+    """
     rng = generator(seed, "groups", view)
     branches = {"pairs": 2, "lists": 4, "groups": 4}.get(view, 1)
     groups = []
@@ -51,12 +60,30 @@ def random_groups(view: str, count: int, seed: int = 0, vocab: int = 320, longes
                     label=bool((row + index) % 2) if view == "singles" else None,
                     reward=float(rewards[index]),
                     weight=float(1.0 if row % 3 else 0.5),
+                    step_rewards=(float(rewards[index]) - 0.4,) if "token_reward" in needs else None,
                 )
             )
         preferences = (Preference(0, 1, weight=1.0 if row % 3 else 0.5),) if view == "pairs" else ()
+        roles = [ROLES["samples"]] * int(rng.integers(1, 4)) if "samples" in needs else []
+        roles += [ROLES["baseline"]] * ("baseline" in needs)
+        roles += contrast_roles(row % 3, 1) if "contrasts" in needs else []
+        for role in roles:
+            ids = rng.integers(3, vocab, int(rng.integers(1, longest + 1))).astype(np.int64)
+            scored = np.arange(len(ids)) >= (len(ids) // 2 if ":" in role else 0)
+            completions.append(TokenCompletion(ids, scored, np.zeros(len(ids), np.int64), role=role))
         prompt = rng.integers(3, vocab, int(rng.integers(1, longest + 1))).astype(np.int64)
-        groups.append(TokenGroup(RowId("random", row), prompt, tuple(completions), preferences))
+        group = TokenGroup(RowId("random", row), prompt, tuple(completions), preferences)
+        groups.append(mark_differences(group) if "marked" in needs else group)
     return groups
+
+
+def with_contexts(groups: Sequence[TokenGroup], method: Method, seed: int = 0, vocab: int = 320) -> list[TokenGroup]:
+    """The groups with random prompts of other lengths for the method's `contexts`."""
+    rng = generator(seed, "contexts")
+    return [
+        replace(group, contexts={name: rng.integers(3, vocab, int(rng.integers(2, 14))) for name in method.contexts()})
+        for group in groups
+    ]
 
 
 def role_module(model: nn.Module, method: Method, seed: int = 0) -> RoleModule:
@@ -75,7 +102,7 @@ def role_module(model: nn.Module, method: Method, seed: int = 0) -> RoleModule:
 def engine_for(
     method: Method, roles: RoleModule, reference: nn.Module | None, budget: int, backend: Name = "tree", **place: Any
 ) -> Engine:
-    """An engine around unwrapped roles, on the CPU."""
+    """An engine around unwrapped roles, on the CPU. Anchors of other policies are `guide_of(reference)`."""
     prepared = prepare(roles.policy, backend, probe=False)
     if VALUE in roles.roles:
         prepare(roles.roles[VALUE], prepared.name, probe=False)
@@ -88,7 +115,23 @@ def engine_for(
     )
     if engine.needed.live_reference:
         engine.live = reference
+    if reference is not None:
+        names = {full.removeprefix(ANCHOR) for full in engine.needed.anchors} - set(method.contexts())
+        for name in sorted(names):
+            guide = guide_of(reference)
+            prepare(guide, prepared.name, probe=False)
+            engine.guides = {**engine.guides, name: Frozen(guide, name=name)}
     return engine
+
+
+def guide_of(model: nn.Module) -> nn.Module:
+    """A frozen policy that differs from `model`: its matrices are scaled."""
+    guide = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1.1)
+    return guide.eval().requires_grad_(False)
 
 
 def packed_step(
@@ -119,9 +162,17 @@ def golden_step(
     roles.zero_grad()
     needed = columns_needed(method)
     groups = add_mismatched(list(groups), seed) if "mismatched" in needed.data else list(groups)
-    branches = [(g.prompt, b) for g in groups for b in (*g.completions, *g.mismatched)]
+    branches = [(g, b) for g in groups for b in (*g.completions, *g.mismatched)]
     width = max(len(branch) for _, branch in branches)
-    scored = [_score(roles, reference, prompt, branch, needed.outputs, width) for prompt, branch in branches]
+    guide = None if reference is None or not needed.anchors else guide_of(reference)
+    scored = []
+    for group, branch in branches:
+        one = _score(roles, reference, group.prompt, branch, needed.outputs, width)
+        for full in needed.anchors:
+            other = group.contexts.get(full.removeprefix(ANCHOR))
+            prompt, frozen = (group.prompt, guide) if other is None else (other, reference)
+            one[full] = _frozen_logp(frozen, prompt, branch, width)
+        scored.append(one)
     outputs = {name: torch.stack([one[name] for one in scored]) for name in needed.outputs}
     view = make_view(method.view, groups, outputs, state=state or method.initial_state(), seed=seed)
     total = finish(method.loss(view), view).total()
@@ -143,12 +194,16 @@ def _score(
     at = slice(len(prompt) - 1, len(prompt) + len(branch) - 1)
     mask = torch.from_numpy(branch.mask)
     target = torch.from_numpy(branch.ids)[:, None]
-    policy = _log_probs(roles.policy, ids)[at]
-    found = {"logp": policy.gather(1, target)[:, 0]}
+    logits = _logits(roles.policy, ids)[at]
+    policy = logits.log_softmax(-1)
+    found = {"logp": policy.gather(1, target)[:, 0], "logit": logits.gather(1, target)[:, 0]}
+    found |= {"logsumexp": logits.logsumexp(-1), "entropy": -(policy.exp() * policy).sum(-1)}
+    found |= {"log_sum_sq": policy.exp().square().sum(-1).log(), "log_max": policy.max(-1).values}
     if reference is not None:
         with torch.no_grad():
             other = _log_probs(reference, ids)[at]
         found["ref_logp"] = other.gather(1, target)[:, 0]
+        found["cross_entropy"] = -(other.exp() * policy).sum(-1)
         found["kl_ref_policy"] = (other.exp() * (other - policy)).sum(-1)
         found["kl_policy_ref"] = (policy.exp() * (policy - other)).sum(-1)
     outputs = {
@@ -161,8 +216,19 @@ def _score(
     return outputs
 
 
+def _frozen_logp(model: Any, prompt: np.ndarray, branch: TokenCompletion, width: int) -> Tensor:
+    ids = torch.from_numpy(np.concatenate([prompt, branch.ids]))[None]
+    with torch.no_grad():
+        logp = _log_probs(model, ids)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return nn.functional.pad(torch.where(torch.from_numpy(branch.mask), logp, 0.0), (0, width - len(branch)))
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
 def _log_probs(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    return _logits(model, ids).log_softmax(-1)
 
 
 def _values(value: Any, ids: Tensor, prompt: int, length: int, width: int) -> Tensor:

@@ -66,12 +66,14 @@ class TokenTree:
         rewards: float64 [L].
         beta: strength of the KL leash, in units of the reward.
         depth: D, tokens of every leaf.
+        anchors: names of further frozen policies, each the reference with noise on its logits.
     """
 
     reference: Tabular
     rewards: Tensor
     beta: float
     depth: int
+    anchors: tuple[str, ...] = ()
 
     @classmethod
     def random(cls, seed: int = 0, *, beta: float = 0.5, depth: int = 3, tokens: int = 3) -> TokenTree:
@@ -154,6 +156,7 @@ class TokenTree:
         logp, ref = policy.logp, self.reference.logp
         terminal = self.rewards.new_zeros(len(self.rewards), 1)
         by_prefix = {
+            "cross_entropy": -(ref.exp() * logp).sum(-1),
             "kl_ref_policy": (ref.exp() * (ref - logp)).sum(-1),
             "kl_policy_ref": (logp.exp() * (logp - ref)).sum(-1),
             "entropy": -(logp.exp() * logp).sum(-1),
@@ -167,23 +170,28 @@ class TokenTree:
         columns["value"] = torch.cat([policy.value[s], terminal], -1)
         columns["token_reward"] = torch.cat([torch.zeros_like(ref[s, a])[:, 1:], self.rewards[:, None]], -1)
         columns["reward"] = self.rewards
+        columns["key"] = torch.arange(len(s))
         columns["finished"] = torch.ones(len(s), dtype=torch.bool)
-        return Completions(mask=torch.ones_like(s, dtype=torch.bool), columns=columns)
+        others = {name: random_policy(self, seed, 0.3).logp[s, a] for seed, name in enumerate(self.anchors)}
+        return Completions(mask=torch.ones_like(s, dtype=torch.bool), columns=columns, anchors=others)
 
 
 def population(method: Method, tree: TokenTree, policy: Tabular, state: Mapping[str, Tensor] | None = None) -> View:
     """The view of `method`'s kind that holds the whole population; `state` is the method's initial one by default."""
     shared: dict[str, Any] = {"state": method.initial_state() if state is None else state}
+    names = sorted(name.removeprefix("anchor.") for name in method.requires() if name.startswith("anchor."))
+    tree = replace(tree, anchors=tuple(names))
     if method.view == "pairs":
-        return pairs(tree, policy, samples="samples" in method.requires(), **shared)
+        needs = method.requires()
+        return pairs(tree, policy, samples="samples" in needs, contrasts="contrasts" in needs, **shared)
     if method.view == "singles":
-        return singles(tree, policy, **shared)
+        return singles(tree, policy, samples="samples" in method.requires(), **shared)
     if method.view == "demonstrations":
         return demonstrations(tree, policy, **shared)
     return lists(tree, policy, method.view, **shared)
 
 
-def pairs(tree: TokenTree, policy: Tabular, *, samples: bool = False, **shared: Any) -> Pairs:
+def pairs(tree: TokenTree, policy: Tabular, *, samples: bool = False, contrasts: bool = False, **shared: Any) -> Pairs:
     """All P = L (L - 1) ordered pairs of distinct leaves, with weights pi_ref(w) pi_ref(l) P(w beats l).
 
     The baseline is the best leaf. With `samples`, each pair has every leaf once as a sample: the frozen policy that
@@ -193,26 +201,41 @@ def pairs(tree: TokenTree, policy: Tabular, *, samples: bool = False, **shared: 
     sampler = tree.leaf_logp(tree.reference).exp()
     chosen, rejected = (~torch.eye(n, dtype=torch.bool)).nonzero(as_tuple=True)
     weight = mean_one((sampler[:, None] * sampler * tree.beats())[chosen, rejected])
+    differ = tree.tokens[chosen] != tree.tokens[rejected]
     made = Pairs(
-        chosen=everything.select(chosen),
-        rejected=everything.select(rejected),
+        chosen=_marked(everything.select(chosen), differ),
+        rejected=_marked(everything.select(rejected), differ),
         probability=torch.ones_like(weight),
         weight=weight,
         margin=(tree.rewards[chosen] - tree.rewards[rejected]),
         baseline=everything.select(torch.full_like(chosen, int(tree.rewards.argmax()))),
         **shared,
     )
+    if contrasts:
+        made = _contrasted(made, everything, chosen, rejected)
     if not samples:
         return made
     drawn = everything.select(torch.arange(n).repeat(len(made)))
     return replace(made, samples=drawn, sample_pair=torch.arange(len(made)).repeat_interleave(n))
 
 
-def singles(tree: TokenTree, policy: Tabular, **shared: Any) -> Singles:
+def _contrasted(made: Pairs, everything: Completions, chosen: Tensor, rejected: Tensor) -> Pairs:
+    """Each pair with a contrast of each kind: its leaves stand for one answer after two prompts."""
+    roles = ("intra:0:+", "intra:0:-", "inter:0:+", "inter:0:-")
+    leaves = torch.stack([chosen, rejected, chosen, rejected], 1).reshape(-1)
+    drawn = replace(everything.select(leaves), role=roles * len(made))
+    return replace(made, contrasts=drawn, contrast_pair=torch.arange(len(made)).repeat_interleave(len(roles)))
+
+
+def _marked(completions: Completions, marked: Tensor) -> Completions:
+    return replace(completions, columns={**completions.columns, "marked": marked})
+
+
+def singles(tree: TokenTree, policy: Tabular, *, samples: bool = False, **shared: Any) -> Singles:
     """Every leaf twice, N = 2 L: desirable with weight sigmoid(r), and undesirable with weight sigmoid(-r).
 
     The sampler is uniform over leaves, so that means that methods take without weights over `mismatched` (the next
-    leaf) are exact too. Rows of both labels carry the leaf's reward.
+    leaf) are exact too. Rows of both labels carry the leaf's reward. With `samples`, each has every leaf as a sample.
     """
     everything, n = tree.completions(policy), len(tree.rewards)
     leaves = torch.arange(n).repeat(2)
@@ -220,7 +243,11 @@ def singles(tree: TokenTree, policy: Tabular, **shared: Any) -> Singles:
     weight = mean_one(torch.sigmoid(torch.where(label, 1.0, -1.0) * tree.rewards[leaves]))
     own = everything.select(leaves)
     own = replace(own, columns={**own.columns, "label": label, "weight": weight})
-    return Singles(completions=own, mismatched=everything.select((leaves + 1) % n), **shared)
+    made = Singles(completions=own, mismatched=everything.select((leaves + 1) % n), **shared)
+    if not samples:
+        return made
+    drawn = everything.select(torch.arange(n).repeat(2 * n))
+    return replace(made, samples=drawn, sample_of=torch.arange(2 * n).repeat_interleave(n))
 
 
 def demonstrations(tree: TokenTree, policy: Tabular, **shared: Any) -> Demonstrations:
@@ -305,7 +332,8 @@ def state_on(method: Method, tree: TokenTree, seed: int) -> Mapping[str, Tensor]
 def step_lowers_objective(method: Method, seed: int) -> str:
     """One exact-gradient step of length `STEP` lowers the population objective; returns what is wrong, or nothing.
 
-    The state is held; what the method computes from the batch without gradient (kto's anchor) is computed anew.
+    The state is held; what the method computes from the batch without gradient (kto's anchor) is computed anew, and
+    held too where the step goes up with it: a weight without gradient (wpo's) may grow more than its loss falls.
     """
     tree = TokenTree.random(seed)
     policy, state = random_policy(tree, seed), state_on(method, tree, seed)
@@ -315,6 +343,13 @@ def step_lowers_objective(method: Method, seed: int) -> str:
     stepped = policy.moved(slope, -STEP / norm(slope))
     before, after = (float(objective(method, tree, p, state)) for p in (policy, stepped))
     if after < before:
+        return ""
+    stops: list[Tensor] = []
+    with replayed_detach(stops, replay=False):
+        held_before = float(objective(method, tree, policy, state).data)
+    with replayed_detach(stops, replay=True):
+        held_after = float(objective(method, tree, stepped, state).data)
+    if stops and held_after < held_before:
         return ""
     return f"a step of {STEP} against the gradient takes the population objective from {before:.12g} to {after:.12g}"
 

@@ -47,6 +47,7 @@ _FIXED = (
     "dtype",
     "reference",
     "reference_model",
+    "guide_model",
 )
 
 
@@ -203,10 +204,25 @@ class AlignTrainer(Trainer):
             return self._empty_step(engine)
         if self.state.global_step == 0:
             self._check_step_zero(engine, groups)
+        self._tell_epoch()
         result = self._step(engine, groups, seed)
         self.method_state = result.state
         self.meter.add({"micro_batches": (torch.tensor(float(result.micro_batches)), 1.0)})
         return result.loss
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.train.loader(self.args, self.args.shuffle))
+
+    def _tell_epoch(self) -> None:
+        """Write `epoch` and `epochs` into the state of a method that reads them."""
+        if "epoch" not in self.method_state:
+            return
+        epochs = math.ceil(self.state.max_steps / self.steps_per_epoch)
+        if epochs < 2 and self.state.global_step == 0:
+            logger.warning("%s acts from the second epoch on, and this run has one", self.method.id)
+        told = {"epoch": self.state.global_step // self.steps_per_epoch, "epochs": epochs}
+        self.method_state |= {name: torch.tensor(float(told[name]), dtype=torch.float64) for name in told}
 
     def _step(self, engine: Engine, groups: list[TokenGroup], seed: int) -> StepResult:
         """The step; where memory runs out, again with half the budget. Numbers do not depend on the budget."""
@@ -241,7 +257,7 @@ class AlignTrainer(Trainer):
         return loss.detach()
 
     def _check_step_zero(self, engine: Engine, groups: Any) -> None:
-        if self.column is None:
+        if self.column is None or "ref_logp" not in engine.needed.reference:
             return
         micro = engine.share(groups).micros[0]
         with torch.no_grad():

@@ -84,6 +84,7 @@ class AlignConfig(TrainingArguments):
     reference: str = _doc("auto", "where reference log-probabilities come from")
     reference_model: str | None = _doc(None, "path or hub id of the reference; None: the starting policy")
     reference_cache: str | None = _doc(None, "folder of the log-prob cache; None: ~/.cache/align/logps")
+    guide_model: str | None = _doc(None, "path or hub id of the policy that gives `anchor.guide` (tgdpo, brain)")
     ema_decay: float = _doc(0.6, "weight of the policy in an EMA refresh")
     ema_every: int = _doc(512, "optimiser steps between EMA refreshes")
     value_learning_rate: float | None = _doc(None, "learning rate of the value role; None: the policy's")
@@ -214,7 +215,13 @@ LEARNING_RATES = {
     "sft": 2.0e-5,  # the usual rate of instruction tuning at 7-8B; no preference paper's
     "simpo": 1.0e-6,  # SimPO's configurations, Llama-3-8B-Instruct
     "orpo": 5.0e-6,  # Mistral-ORPO-beta, as in TRL's paper index
+    "tgdpo": 7.0e-7,  # TGDPO's runs
+    "sft_fdiv": 5.0e-6,  # a quarter of sft's, the other half of its paper
+    "iqlearn_sft": 2.0e-5,  # sft's
+    "ps_kd": 2.0e-5,  # sft's
     "kto": 1.0e-6,  # TRL's KTO page: at most 1e-6 at beta 0.1
+    "apo_zero": 2.0e-7,  # the authors' configuration (CLAIR and APO)
+    "apo_down": 2.0e-7,
 }
 """Full fine-tuning. Others take DPO's 5e-7 (the original code, Zephyr, SimPO's baselines)."""
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from align.core.errors import ConfigError, DataError
-from align.data.groups import TokenGroup
+from align.data.groups import TokenGroup, beside
 from align.data.known import Purpose
 from align.data.prepare import PreparedData, SourceSpec, prepare_data
 from align.data.rejected import RejectedLog
@@ -150,6 +150,7 @@ def tokeniser_for(tokenizer: Any, method: Method, args: AlignConfig) -> Tokenise
         chat_template=_template(args.chat_template),
         pairs=args.pairs,  # type: ignore[arg-type]
         needs=method.requires(),
+        contexts=method.contexts(),
     )
 
 
@@ -182,7 +183,8 @@ def _units(prepared: PreparedData, view: str) -> int:
     if view != "singles":
         return 1
     items = prepared.dataset.__getitems__(range(min(_PEEK, len(prepared))))
-    sizes = {len(item.completions) for item in items if not isinstance(item, Hole)}
+    judged = ([one for one in item.completions if not beside(one.role)] for item in items if not isinstance(item, Hole))
+    sizes = {len(own) for own in judged}
     return max(sizes, default=1)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.core.errors import ConfigError
 from align.data.groups import TokenGroup
 from align.data.partners import add_mismatched
 from align.methods.base import Method, finish
 from align.reference.columns import Column
-from align.scoring.assemble import ColumnsNeeded, columns_needed, make_view, placeholder_outputs, trees_of
+from align.scoring.assemble import ANCHOR, ColumnsNeeded, columns_needed, make_view, placeholder_outputs, trees_of
 from align.scoring.backends import Backend
 from align.scoring.batching import plan
 from align.scoring.layout import PackedBatch, Tree
@@ -54,6 +55,7 @@ class Engine:
         backend: packs trees for this model.
         column: where `ref_logp` comes from, or None.
         live: a frozen model for `kl_*`, or None.
+        guides: other frozen policies, by the names of their `anchor.` columns.
         budget: tokens per micro-batch.
     """
 
@@ -67,6 +69,7 @@ class Engine:
     world: int = 1
     column: Column | None = None
     live: Any = None
+    guides: Mapping[str, Column] = field(default_factory=dict)
     needed: ColumnsNeeded = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,17 +120,35 @@ class Engine:
     def outputs(self, micro: MicroBatch, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Policy, value and reference numbers of a micro-batch, [n, T]; gradients flow where autograd is on.
 
-        `frozen`: outputs of an earlier pass over the same micro-batch, whose reference columns are taken over.
+        `frozen`: outputs of an earlier pass over the same micro-batch, whose frozen columns are taken over.
         """
         if frozen is not None:
-            frozen = {name: frozen[name] for name in self.needed.reference}
-        elif self.column is None:
-            frozen = {}
+            frozen = {name: frozen[name] for name in self.needed.frozen}
         else:
             with torch.no_grad(), self.roles.autocast(self.device.type):
-                frozen = self.column.column(micro.packed, micro.trees, self.needed.reference)
+                frozen = self._frozen(micro)
         scored = self.module(packed=micro.packed, requests=self.requests, other=self.live)
         return {**scored, **frozen}
+
+    def _frozen(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """The reference's columns, and the anchors: other policies, or the reference after other prompts."""
+        found = (
+            {} if self.column is None else dict(self.column.column(micro.packed, micro.trees, self.needed.reference))
+        )
+        for full in sorted(self.needed.anchors):
+            name = full.removeprefix(ANCHOR)
+            if name in self.guides:
+                found[full] = self.guides[name].column(micro.packed, micro.trees, {f"{name}_logp"})[f"{name}_logp"]
+            elif self.column is not None and name in self.method.contexts():
+                trees = trees_of(micro.groups, name)
+                packed = self.backend.pack(trees, self.device)
+                found[full] = self.column.column(packed, trees, {"ref_logp"})["ref_logp"]
+            else:
+                raise ConfigError(
+                    f"method `{self.method.id}` needs log-probs of a frozen policy named `{name}`",
+                    mend="set `guide_model` (`reference.guide` in a recipe)",
+                )
+        return found
 
     def view(
         self, groups: Sequence[TokenGroup], outputs: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int

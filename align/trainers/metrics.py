@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from align.methods.base import Method, Terms
+from align.scoring.token_view import first_token_delta
 from align.scoring.views import Completions, Lists, Pairs, Singles, View
 
 Measured = dict[str, tuple[Tensor, float]]
@@ -25,14 +26,18 @@ def implicit_reward(method: Method, completions: Completions) -> Tensor:
 
 
 def measure(method: Method, view: View) -> Measured:
-    """TRL's names where TRL has one: `rewards/chosen`, `logps/rejected`, ..."""
+    """TRL's names where TRL has one (`rewards/chosen`, `logps/rejected`, ...), and what the method measures itself."""
     with torch.no_grad():
-        if isinstance(view, Pairs):
-            return _pairs(method, view)
-        if isinstance(view, Lists):
-            return _completions(view.completions, "")
-        if isinstance(view, Singles):
-            return _singles(method, view)
+        return {**_of_view(method, view), **method.measure(view)}
+
+
+def _of_view(method: Method, view: View) -> Measured:
+    if isinstance(view, Pairs):
+        return _pairs(method, view)
+    if isinstance(view, Lists):
+        return _completions(view.completions, "")
+    if isinstance(view, Singles):
+        return _singles(method, view)
     return {}
 
 
@@ -48,6 +53,20 @@ def _pairs(method: Method, view: Pairs) -> Measured:
     measured |= _completions(view.chosen, "/chosen") | _completions(view.rejected, "/rejected")
     if "ref_logp" in view.chosen.columns:
         measured["displacement"] = ((view.chosen.sum_log_ratio < 0).float().sum(), count)
+        measured |= _token_view(view)
+    return measured
+
+
+def _token_view(view: Pairs) -> Measured:
+    """Log-ratios in nats, in all and per token, and where the difference of a pair's answers comes from."""
+    measured: Measured = {}
+    for name, one in (("chosen", view.chosen), ("rejected", view.rejected)):
+        ratio = one.sum_log_ratio.sum()
+        measured[f"log_ratio/{name}"] = (ratio, float(len(view)))
+        measured[f"log_ratio_per_token/{name}"] = (ratio, float(one.mask.sum()))
+    first = first_token_delta(view)
+    measured["log_ratio/first_token_margin"] = (first.sum(), float(len(view)))
+    measured["log_ratio/later_tokens_margin"] = ((view.delta - first).sum(), float(len(view)))
     return measured
 
 

@@ -28,7 +28,7 @@ from align.trainers.loading import (
     refuse_config,
     trainable_in_float32,
 )
-from align.trainers.references import Reference, build_column, choose
+from align.trainers.references import Reference, build_column, check_guide, choose, guides
 from align.trainers.roles import RoleModule
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class PreferenceTrainer(AlignTrainer):
             data = RunData.prepare(train_dataset, eval_dataset, tokenizer, chosen, args)
         roles: dict[str, nn.Module] = {}
         _refuse_value_options(chosen, args)
+        check_guide(chosen, args)
         if VALUE in chosen.requires():
             roles[VALUE] = _value(model, args)
         policy = roles["policy"] = _policy(model, args, peft_config, quantization_config)
@@ -97,7 +98,9 @@ class PreferenceTrainer(AlignTrainer):
             prepare(roles.roles[VALUE], backend.name, probe=False)
         live = None
         if self.reference is not None:
-            self.column = build_column(self.reference, self.args, roles, backend, self.accelerator, self._any_rank)
+            self.column = build_column(
+                self.reference, self.args, roles, backend, self.accelerator, self._any_rank, self.steps_per_epoch
+            )
             live = self.column.model
         engine = Engine(
             module, roles, self.method, backend, self.args.device, self.budget(), self.rank, self.world, self.column
@@ -109,6 +112,7 @@ class PreferenceTrainer(AlignTrainer):
                     mend="use ZeRO-2 or plain data parallelism",
                 )
             engine.live = live
+        engine.guides = guides(self.args, backend, self.accelerator)
         return engine
 
     def _any_rank(self, here: bool) -> bool:

@@ -35,13 +35,17 @@ from align.trainers.loading import DTYPES, freeze, frozen_copy, frozen_weights, 
 
 logger = logging.getLogger(__name__)
 
+GUIDE = "anchor.guide"
+MOVING = ("ema", "previous_epoch")
+
 
 @dataclass(eq=False)
 class Reference:
     """What was decided before the run: the kind, and the second model where there is one.
 
     Attributes:
-        kind: frozen, adapter_off or ema; `cached` wraps one of them.
+        kind: frozen, adapter_off, ema, or previous_epoch (an ema that takes the whole policy at each epoch's end);
+            `cached` wraps one of them.
         model: the second copy, or None.
         cached: whether log-probs are kept on disk.
         starts_equal: whether it is the starting policy, so that every log-ratio is 0 at step zero.
@@ -71,6 +75,8 @@ def choose(method: Method, args: AlignConfig, policy: nn.Module, name: str | Non
     adapter = hasattr(policy, "peft_config")
     _refuse(method, args, adapter, needed.live_reference)
     kind = args.reference if args.reference in ("frozen", "adapter_off", "ema") else ""
+    if not kind and method.teacher:
+        kind = method.teacher
     if not kind:
         kind = "adapter_off" if adapter and not needed.live_reference and args.reference_model is None else "frozen"
     if kind == "adapter_off":
@@ -86,6 +92,28 @@ def choose(method: Method, args: AlignConfig, policy: nn.Module, name: str | Non
     )
 
 
+def check_guide(method: Method, args: AlignConfig) -> None:
+    """Refuse a guide that the method does not read, and a method that lacks its guide."""
+    needed = GUIDE in columns_needed(method).anchors
+    if needed != (args.guide_model is not None):
+        raise ConfigError(
+            f"method `{method.id}` needs a trained policy as its guide"
+            if needed
+            else f"method `{method.id}` has no guide, and `guide_model` is set",
+            mend="set `guide_model` (`reference.guide` in a recipe)" if needed else "remove it",
+        )
+
+
+def guides(args: AlignConfig, backend: Backend, accelerator: Any) -> dict[str, Column]:
+    """The frozen policies beside the reference, by the names of their `anchor.` columns."""
+    if args.guide_model is None:
+        return {}
+    model = load_model(args.guide_model, torch.float32, args.trust_remote_code)
+    frozen = freeze(frozen_weights(model, DTYPES[args.dtype])).to(accelerator.device)
+    prepare(frozen, backend.name, probe=False)
+    return {"guide": Frozen(_sharded_like(frozen, accelerator), name="guide")}
+
+
 def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> None:
     if args.reference_cache is not None and args.reference != "cached":
         raise ConfigError(
@@ -97,9 +125,10 @@ def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> Non
         )
     if args.reference == "adapter_off" and args.reference_model is not None:
         raise ConfigError("`reference_model` with reference `adapter_off`", mend="use reference `frozen`")
-    if args.reference == "ema" and adapter:
+    moving = "ema" if args.reference == "ema" else method.teacher if args.reference == "auto" else ""
+    if moving and adapter:
         raise ConfigError(
-            "reference `ema` with an adapter",
+            f"reference `{moving}` with an adapter",
             why="the base weights do not move",
             mend="train all weights, or use another",
         )
@@ -112,7 +141,7 @@ def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> Non
 
 def _second_model(args: AlignConfig, policy: nn.Module, source: str | None, kind: str) -> nn.Module:
     # An EMA of a small weight would not move in bfloat16.
-    dtype = torch.float32 if kind == "ema" else DTYPES[args.dtype]
+    dtype = torch.float32 if kind in MOVING else DTYPES[args.dtype]
     quantization = quantisation_of(policy)
     if quantization is not None and source is not None and args.reference_model is None:
         # The starting policy is the quantised model; as it was before, it would be another one.
@@ -153,6 +182,7 @@ def build_column(
     backend: Backend,
     accelerator: Any,
     any_rank: Callable[[bool], bool],
+    steps_per_epoch: int = 1,
 ) -> Column:
     """The column a run asks for `ref_logp`, prepared for the same back end as the policy and for sharding."""
     column: Column
@@ -164,13 +194,16 @@ def build_column(
         reference.model.to(accelerator.device)
         prepare(reference.model, backend.name, probe=False)
         model = _sharded_like(reference.model, accelerator)
-        if reference.kind == "ema" and model is not reference.model:
+        if reference.kind in MOVING and model is not reference.model:
             raise ConfigError(
-                "reference `ema` under ZeRO-3",
+                f"reference `{reference.kind}` under ZeRO-3",
                 why="each rank would save a shard of it, and one rank's would be kept",
                 mend="use ZeRO-2 or plain data parallelism",
             )
-        column = Ema(model, args.ema_decay, args.ema_every) if reference.kind == "ema" else Frozen(model)
+        if reference.kind == "previous_epoch":
+            column = Ema(model, 1.0, steps_per_epoch)
+        else:
+            column = Ema(model, args.ema_decay, args.ema_every) if reference.kind == "ema" else Frozen(model)
     if not reference.cached:
         return column
     weights = _weights(reference, roles)

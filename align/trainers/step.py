@@ -125,7 +125,7 @@ class PackedStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The global loss, and d loss / d output for every trained output, [N, T]; the same on every rank."""
         engine = self.engine
-        trained = [name for name in gathered if name not in engine.needed.reference]
+        trained = [name for name in gathered if name not in engine.needed.frozen]
         leaves = {name: gathered[name].detach().clone().requires_grad_() for name in trained}
         with torch.enable_grad():
             view = engine.view(share.groups, {**gathered, **leaves}, state, seed)

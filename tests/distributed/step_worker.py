@@ -11,7 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from align.methods import METHODS
 from align.scoring.assemble import columns_needed
-from align.testing.steps import engine_for, golden_step, packed_step, random_groups, relative_difference, role_module
+from align.testing.steps import (
+    engine_for,
+    golden_step,
+    packed_step,
+    random_groups,
+    relative_difference,
+    role_module,
+    with_contexts,
+)
 from align.testing.tiny import tiny_model
 
 
@@ -32,7 +40,7 @@ def main(out: str) -> None:
         }.items():
             if case == "fewer_groups_than_ranks" and name == "kto":
                 count = 2  # one row has no partner
-            groups = random_groups(method.view, count, seed=3)
+            groups = with_contexts(random_groups(method.view, count, seed=3, needs=method.requires()), method)
             wanted_loss, wanted = golden_step(method, roles, reference, groups, seed=5)
             wrapped = DistributedDataParallel(roles, find_unused_parameters=True)
             engine = engine_for(method, roles, reference, budget, module=wrapped, world=world, rank=rank)

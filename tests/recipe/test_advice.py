@@ -36,6 +36,7 @@ def advice(tmp_path: Path, *words: str, method: str = "dpo", facts: Facts | None
 @pytest.mark.parametrize("adapter", [False, True])
 def test_defaults_need_no_advice(tmp_path: Path, method: str, adapter: bool) -> None:
     words = ["model.peft={r: 8}"] if adapter else []
+    words += ["reference.guide=some/guide"] if "anchor.guide" in METHODS.get(method)().requires() else []
     assert advice(tmp_path, *words, method=method, facts=Facts(60_000, 0.01, True, 100, 90)) == []
 
 

@@ -186,9 +186,9 @@ def test_mixtures(tmp_path: Path) -> None:
             "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.1]\n",
             (":4: several losses at once: sigmoid, sft", "`rpo`"),
         ),
-        ("loss_type: exo_pair\n", (":4: `loss_type: exo_pair` is not converted", "exo")),
-        ("loss_type: apo_zero\n", ("apo_zero", "not here yet")),
-        ("f_divergence_type: js_divergence\n", (":4: ", "js_divergence", "changes the loss")),
+        ("loss_type: sppo_hard\n", (":4: `loss_type: sppo_hard` is not converted", "sppo")),
+        ("f_divergence_type: js_divergence\nloss_type: hinge\n", (":4: ", "js_divergence", "changes the loss")),
+        ("f_divergence_type: chi2\n", (":4: ", "no `f_divergence_type: chi2`")),
         ("use_weighting: true\n", (":4: ", "use_weighting")),
         ("load_in_8bit: true\nuse_peft: true\n", (":4: 8-bit", "load_in_4bit")),
         ("load_in_4bit: true\n", ("without `use_peft`",)),
@@ -209,9 +209,41 @@ def test_what_changes_the_objective_and_has_no_counterpart_is_refused(
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:
-    text = "dataset_nam: x\nloss_type: robust\nfp16: true\n"
+    text = "dataset_nam: x\nloss_type: bco_pair\nfp16: true\n"
     found = faults(tmp_path, text, trainer="dpo")
     assert len(found) == 5  # the unknown key, the loss, fp16, no model, no data set
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("loss_type: hinge\nbeta: 0.2\n", {"name": "dpo_hinge", "beta": 0.2}),
+        ("loss_type: robust\nlabel_smoothing: 0.2\n", {"name": "rdpo", "beta": 0.1, "eps": 0.2}),
+        ("loss_type: sigmoid_norm\nbeta: 5\n", {"name": "dpo_norm", "beta": 5.0}),
+        ("loss_type: nca_pair\nbeta: 0.01\n", {"name": "nca", "beta": 0.01, "alpha": 0.01}),
+        ("loss_type: aot\n", {"name": "aot", "beta": 0.1, "eps": 0.0}),
+        ("loss_type: aot_unpaired\nlabel_smoothing: 0.1\n", {"name": "aot_unpaired", "beta": 0.1, "eps": 0.1}),
+        ("loss_type: apo_zero\n", {"name": "apo_zero", "beta": 0.1}),
+        ("loss_type: apo_down\n", {"name": "apo_down", "beta": 0.1}),
+        ("loss_type: exo_pair\nlabel_smoothing: 0.01\n", {"name": "exo_pref", "beta_pi": 0.1, "eps": 0.01}),
+        ("loss_type: exo_pair\n", {"name": "exo_pref", "beta_pi": 0.1}),
+        ("f_divergence_type: js_divergence\n", {"name": "f_dpo", "divergence": "js", "beta": 0.1}),
+        (
+            "f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 0.75\n",
+            {"name": "f_dpo", "divergence": "alpha", "alpha": 0.25, "beta": 0.1},
+        ),
+        ("loss_type: discopop\ndiscopop_tau: 0.1\n", {"name": "discopop", "beta": 0.1, "tau": 0.1}),
+    ],
+)
+def test_pairwise_losses(tmp_path: Path, text: str, method: dict[str, Any]) -> None:
+    found = made(tmp_path, COMMON + text, trainer="dpo")
+    assert found.recipe["method"] == method
+
+
+def test_label_smoothing_that_a_loss_does_not_read_is_said(tmp_path: Path) -> None:
+    found = made(tmp_path, COMMON + "loss_type: hinge\nlabel_smoothing: 0.2\n", trainer="dpo")
+    assert "eps" not in found.recipe["method"]
+    assert any(note.key == "label_smoothing" and "does not read" in note.says for note in found.notes)
 
 
 def test_cpo_and_kto_losses_without_counterpart(tmp_path: Path) -> None:

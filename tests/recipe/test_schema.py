@@ -81,9 +81,21 @@ def test_overrides_in_every_spelling(write: Write) -> None:
     assert (recipe.data.train[1].max_rows, recipe.method.options) == (5, {"beta": 1.0})
 
 
+def guide_for(name: str) -> list[str]:
+    """The override that a method which needs a guide cannot do without."""
+    return ["reference.guide=some/guide"] if "anchor.guide" in METHODS.get(name)().requires() else []
+
+
+def test_a_method_with_a_guide_asks_for_it_and_others_refuse_it(write: Write) -> None:
+    (fault,) = faults(write(GOOD.replace("{name: dpo, beta: 2e-1}", "tgdpo")))
+    assert "needs a trained policy as its guide" in fault
+    (fault,) = faults(write(), "reference.guide=some/guide")
+    assert "`dpo` has no guide" in fault
+
+
 @pytest.mark.parametrize("name", sorted(METHODS.entries()))
 def test_a_resolved_recipe_gives_itself(write: Write, name: str) -> None:
-    recipe = schema.load(write(GOOD.replace("{name: dpo, beta: 2e-1}", name)))
+    recipe = schema.load(write(GOOD.replace("{name: dpo, beta: 2e-1}", name)), guide_for(name))
     again = schema.load(write(rules.to_yaml(recipe, uses(recipe))))
     assert rules.to_yaml(again, uses(again)) == rules.to_yaml(recipe, uses(recipe))
     assert (again.train, again.data, again.model, again.eval) == (recipe.train, recipe.data, recipe.model, recipe.eval)
@@ -92,7 +104,9 @@ def test_a_resolved_recipe_gives_itself(write: Write, name: str) -> None:
 def test_learning_rates_by_method_and_adapter(write: Write) -> None:
     text = GOOD.replace("  learning_rate: 1e-6\n", "")
     full = {
-        name: schema.load(write(text.replace("{name: dpo, beta: 2e-1}", name)), ["model.peft=null"]).train.learning_rate
+        name: schema.load(
+            write(text.replace("{name: dpo, beta: 2e-1}", name)), ["model.peft=null", *guide_for(name)]
+        ).train.learning_rate
         for name in METHODS.entries()
     }
     assert (full["dpo"], full["simpo"], full["orpo"], full["sft"]) == (5e-7, 1e-6, 5e-6, 2e-5)

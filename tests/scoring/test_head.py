@@ -40,6 +40,7 @@ def book(name: str, z: Tensor, y: Tensor, q_logits: Tensor) -> Tensor:
         "log_sum_sq": lambda: (p * p).sum(-1).log(),
         "log_max": lambda: p.max(-1).values.log(),
         "kl_policy_ref": lambda: (p * (p / q).log()).sum(-1),
+        "cross_entropy": lambda: -(q * p.log()).sum(-1),
         "kl_ref_policy": lambda: (q * (q / p).log()).sum(-1),
     }[name]()
 

@@ -64,7 +64,10 @@ START = {"dpo": 0.693147, "tdpo": 0.693147, "kto": 0.5, "bco": 0.693147, "lipo":
 def test_every_method_trains_from_preferences_and_its_loss_falls(name, model, rows, tmp_path):
     # `singles` of a pair data set: chosen is desirable, rejected is not; dro_v reads the label as a 0/1 reward.
     data = rows
-    trainer = PreferenceTrainer(model, name, arguments(tmp_path, max_steps=15, shuffle=False, learning_rate=3e-3), data)
+    args = arguments(tmp_path, max_steps=15, shuffle=False, learning_rate=3e-3)
+    if "anchor.guide" in METHODS.get(name)().requires():
+        args.guide_model = str(save_tiny(tmp_path / "guide", seed=8))
+    trainer = PreferenceTrainer(model, name, args, data)
     trainer.train()
     curve = losses(trainer)
     assert len(curve) == 15

@@ -1,0 +1,78 @@
+"""Ranges of the options of the token-level family and the SFT side; see `test_options.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("tgdpo", {"beta": 0}),
+    ("tgdpo", {"alpha": -0.1}),
+    ("tgdpo", {"beta_guide": 0}),
+    ("tgdpo", {"floor": -0.1}),
+    ("tgdpo", {"floor": 1.1}),
+    ("t_reg", {"beta": 0}),
+    ("t_reg", {"alpha": -0.1}),
+    ("t_reg", {"better_prompt": "Write it better."}),
+    ("t_reg", {"worse_prompt": "Write it worse: {x}"}),
+    ("rrpo", {"beta": 0}),
+    ("rrpo", {"alpha": -0.1}),
+    ("ld_dpo", {"beta": 0}),
+    ("ld_dpo", {"alpha": -0.1}),
+    ("ld_dpo", {"alpha": 1.1}),
+    ("wpo", {"beta": 0}),
+    ("wpo", {"clamp": 0}),
+    ("wpo", {"alignment": "max"}),
+    *[("ps_kd", {"alpha_T": bad}) for bad in (-0.1, 1)],
+    ("elr", {"beta": 0}),
+    *[("elr", {"m": bad}) for bad in (-0.1, 1)],
+    ("elr", {"lambda": -0.1}),
+    ("elr", {"update": "never"}),
+    ("elr", {"bias_correction": 1}),
+    ("sft_fdiv", {"beta": 0}),
+    ("sft_fdiv", {"kind": "fkl"}),
+    ("sft_fdiv", {"level": "turn"}),
+    ("iqlearn_sft", {"lambda": -0.1}),
+    *[("iqlearn_sft", {"gamma": bad}) for bad in (0, 1.1)],
+    ("iqlearn_sft", {"detach_next": "yes"}),
+    ("iqlearn_sft", {"warmup_steps": -1}),
+    ("regret_pref", {"kappa": 0}),
+    ("regret_pref", {"form": "reward"}),
+    ("regret_pref", {"beta": 0}),
+    ("regret_pref", {"value_weight": -1}),
+    ("cpl", {"alpha": 0}),
+    *[("cpl", {"lambda": bad}) for bad in (0, 1.1, -0.5)],
+    *[("cpl", {"gamma": bad}) for bad in (0, 1.1)],
+    ("cpl", {"discount": "segment"}),
+    ("cpl", {"form": "bc"}),
+    ("cpl", {"normalize": "mean"}),
+    ("cpl", {"bc_weight": -1}),
+    ("cpl", {"bc_on": "rejected"}),
+    ("cpl", {"bc_steps": -1}),
+]
+
+ADMITTED: list[tuple[str, dict[str, Any]]] = [
+    ("tgdpo", {"alpha": 0, "beta_guide": None, "floor": 1}),
+    ("tgdpo", {"floor": 0}),
+    ("t_reg", {"alpha": 0}),
+    ("rrpo", {"alpha": 0}),
+    ("ld_dpo", {"alpha": 0}),
+    ("ld_dpo", {"alpha": 1}),
+    ("wpo", {"clamp": None}),
+    ("ps_kd", {"alpha_T": 0}),
+    ("elr", {"m": 0, "lambda": 0}),
+    ("iqlearn_sft", {"lambda": 0, "gamma": 1, "detach_next": True}),
+    ("cpl", {"lambda": 1, "gamma": 1, "bc_weight": 0, "bc_steps": 0}),
+    ("cpl", {"bc_on": "both", "bc_steps": 3}),
+    ("cpl", {"bc_on": "both", "bc_weight": 1}),
+]
+
+CAUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("t_reg", {"alpha": 2.001}, {"alpha": 2}),
+    ("regret_pref", {"value_weight": 2}, {"form": "value", "value_weight": 2}),
+    ("regret_pref", {"beta": 2, "form": "value"}, {"beta": 2}),
+    ("sft_fdiv", {"level": "sequence", "beta": 0.2}, {"level": "sequence", "beta": 0.1}),
+    ("sft_fdiv", {"level": "sequence"}, {"level": "sequence", "kind": "tv"}),
+    ("cpl", {}, {"form": "kl"}),
+    ("cpl", {}, {"normalize": "token"}),
+    ("cpl", {"form": "kl", "bc_on": "both"}, {"form": "kl", "bc_on": "both", "bc_steps": 1}),
+]
