@@ -75,6 +75,13 @@ def set_up_logging(quiet: bool = False) -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    # Of a resumed run; what may differ is checked by `AlignTrainer`, which refuses the rest with a reason.
+    logging.getLogger("transformers.trainer_utils").addFilter(_settings_that_may_differ)
+    logging.getLogger("transformers.trainer").addFilter(_settings_that_may_differ)
+
+
+def _settings_that_may_differ(record: logging.LogRecord) -> bool:
+    return "arguments do not match the ones in the `trainer_state.json`" not in str(record.msg)
 
 
 def _has_gpu() -> bool:

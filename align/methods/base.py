@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, dataclass_transform
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.core.errors import ConfigError
+from align.core.errors import AlignError, ConfigError, TrainingError
 from align.core.options import check_all, option
 from align.scoring.views import VIEWS, View
 
@@ -172,6 +174,28 @@ def method(
         return dataclass(frozen=True, kw_only=True)(cls)
 
     return declare
+
+
+def terms_of(method: Method, view: View) -> Terms:
+    """`finish` of the method's loss.
+
+    Raises:
+        TrainingError: the loss raises, with the line of the method's file.
+    """
+    try:
+        returned = method.loss(view)
+    except (AlignError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a method may be a user's own file, whose faults are theirs to see
+        file = inspect.getfile(type(method))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        raise TrainingError(
+            f"the loss of the method `{method.id}` raises {type(error).__name__}",
+            where=f"{file}:{lines[-1]}" if lines else file,
+            why=str(error),
+            mend="`align test` tries a method on small numbers; --debug shows the whole traceback",
+        ) from error
+    return finish(returned, view)
 
 
 def finish(returned: Terms | Mapping[str, Term] | Tensor, view: View) -> Terms:

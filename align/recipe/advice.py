@@ -174,7 +174,7 @@ def _count(value: Any) -> int:
 
 def _learning_rate(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Advice]:
     rate, method = recipe.train.learning_rate, recipe.method.name
-    if rate is None or method in UNRATED:
+    if rate is None or method in UNRATED or ":" in method:  # of a user's own method nothing is published
         return
     adapter = recipe.model.peft is not None
     low, high, source = (*ADAPTER, _ADAPTER_SOURCE) if adapter else _FULL_BY_METHOD.get(method, (*FULL, _FULL_SOURCE))
@@ -224,7 +224,7 @@ def _beta(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Ad
 def _batch(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Advice]:
     size, method = recipe.train.global_batch_size, recipe.method.name
     unpaired = method in ("kto", "bco")
-    if size >= (_SMALL_UNPAIRED_BATCH if unpaired else _SMALL_BATCH):
+    if ":" in method or size >= (_SMALL_UNPAIRED_BATCH if unpaired else _SMALL_BATCH):
         return
     if unpaired:
         why = "its reference point is estimated from the batch; published: 16 to 128 (HALOs 32, BCO 128, TRL's index)"

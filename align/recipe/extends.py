@@ -41,8 +41,17 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Item:
     given = Item({}, "command line")
     document.override(given, overrides)  # faults are reported below, on the whole recipe
     _take_out(root, given)
+    _take_out_method(root, given)
     raise_all(document.override(root, overrides))
     return root
+
+
+def _take_out_method(root: Item, given: Item) -> None:
+    """An override that names another method leaves nothing of the file's one, as a recipe laid over it would."""
+    new, old = given.value.get("method"), root.value.get("method")
+    if new is None or old is None or _name(_as_mapping(new)) in (None, _name(_as_mapping(old))):
+        return
+    root.value["method"] = Item({}, old.where)
 
 
 def _located(path: Path) -> Path:

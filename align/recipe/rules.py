@@ -16,6 +16,7 @@ from align.core.options import declared
 from align.recipe.sections import Recipe, Stream
 from align.recipe.streams import stream_faults
 
+_PAIR_METRICS = ("accuracy", "margin", "rewards/accuracies", "rewards/margins")
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
 
 _USUAL_OPTIMISERS = frozenset(
@@ -110,6 +111,14 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
                 where=given.get("method.name", ""),
                 mend="set `reference.guide`, for example to a finished dpo run's `policy` folder",
             )
+    best = recipe.eval.best
+    if uses is not None and best is not None and uses.view != "pairs" and best.removeprefix("eval_") in _PAIR_METRICS:
+        yield ConfigError(
+            f"`eval.best` is `{best}`, which only pairs have",
+            where=given.get("eval.best", ""),
+            why=f"`{recipe.method.name}` reads {uses.view}",
+            mend="write `loss`, or leave it out",
+        )
     if recipe.reference.kind == "adapter_off" and recipe.model.peft is None:
         yield ConfigError(
             "`reference.kind: adapter_off` without an adapter",

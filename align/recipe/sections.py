@@ -138,7 +138,7 @@ class Eval:
     """Evaluation on held-out rows."""
 
     every: float | None = option(0.1, above=0, doc="steps (>= 1) or share of the run (< 1) between evaluations")
-    best: str | None = option(None, doc="metric that names the best checkpoint")
+    best: str | None = option(None, doc="metric that names the best checkpoint; of equals the later")
     patience: int | None = option(None, at_least=1, doc="evaluations without a better one before the run stops")
 
 

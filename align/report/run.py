@@ -69,12 +69,13 @@ def run_sections(output_dir: str | Path) -> list[Section | Part]:
     """
     folder = Path(output_dir).expanduser()
     log, torn = _lines(folder / LOG)
-    steps = [entry for entry in log if "train_runtime" not in entry]
+    steps = [entry for entry in log if "train_runtime" not in entry and "policy_of" not in entry]
+    chosen = next((entry for entry in reversed(log) if "policy_of" in entry), None)
     summary = next((entry for entry in reversed(log) if "train_runtime" in entry), None)
     evaluations = [entry for entry in steps if any(key.startswith(_EVAL) for key in entry)]
     curves, more = _curves(steps)
     note = f"{torn} lines of {LOG} could not be read." if torn else ""
-    found: list[Section | Part] = [_verdict(steps, evaluations, summary)]
+    found: list[Section | Part] = [_verdict(steps, evaluations, summary, chosen)]
     if curves or note:
         found.append(Section("Curves", curves, note))
     if evaluations:
@@ -149,7 +150,10 @@ def _curve(title: str, label: str, metrics: Mapping[str, str], steps: Iterable[M
 
 
 def _verdict(
-    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: Mapping[str, Any] | None
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    summary: Mapping[str, Any] | None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> Verdict:
     last = steps[-1]["step"] if steps else 0
     end = (
@@ -157,6 +161,11 @@ def _verdict(
         if summary
         else f" The run has no end in its log: it was stopped, or goes on. The last logged step is {last}."
     )
+    if chosen:
+        end += (
+            f" The saved policy is that of {chosen['policy_of']}, the best by {chosen['best_metric']} "
+            f"({float(chosen['best']):.4g}), which need not be the last."
+        )
     losses = _points(evaluations, "eval_loss")
     if not losses:
         trained = _points(steps, "loss")
@@ -164,7 +173,7 @@ def _verdict(
         return Verdict(f"{text} There was no evaluation, so nothing is known of other data.{end}")
     if not math.isfinite(losses[-1][1]):
         return Verdict(f"The loss on evaluation data is not a finite number at step {losses[-1][0]}.{end}", good=False)
-    accuracy = _points(evaluations, "eval_accuracy")
+    accuracy = _points(evaluations, "eval_rewards/accuracies")
     text = f"On evaluation data the loss went {_way(losses)}"
     text += f", the accuracy {_way(accuracy)}." if accuracy else "."
     good = None if len(losses) == 1 else losses[-1][1] < losses[0][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from align.core.errors import DataError
+from align.core.errors import DataError, ModelError
 from align.data.chat import Chat
 from align.data.encode import Encoder
 from align.data.groups import Message
@@ -66,6 +66,31 @@ class PromptEncoder:
             if self.encoder.decode([token]).strip():
                 break
         return frozenset()
+
+
+def stop_at_end_of_turn(model: Any, tokenizer: Any, chat_template: str | None = None) -> str:
+    """Make the end of an assistant's turn end `generate` too, where the model's configuration does not know it.
+
+    A ChatML template ends turns by `<|im_end|>`, which need not be the tokenizer's EOS; a model saved without it goes
+    on for ever outside this package.
+
+    Returns:
+        The token that was added, or nothing.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not (chat_template or getattr(tokenizer, "chat_template", None)):
+        return ""
+    try:
+        ends = PromptEncoder(tokenizer, chat_template).end_of_turn
+    except ModelError:  # no template that training could use; plain text may still be trained on
+        return ""
+    known = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    there = [] if known is None else [known] if isinstance(known, int) else list(known)
+    missing = sorted(ends - set(there))
+    if not missing:
+        return ""
+    config.eos_token_id = [*there, *missing]
+    return str(tokenizer.convert_ids_to_tokens(missing[0]))
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template: str | None = None) -> list[int]:

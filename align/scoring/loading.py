@@ -21,7 +21,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError("the tokenizer cannot be loaded", where=name, why=first_line(error)) from error
+        raise ModelError(
+            "the tokenizer cannot be loaded", where=name, why=_why(name, error), mend=_mend(error)
+        ) from error
 
 
 def load_model(
@@ -50,7 +52,7 @@ def load_model(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **extra
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError("the model cannot be loaded", where=name, why=first_line(error), mend=_mend(error)) from error
+        raise ModelError("the model cannot be loaded", where=name, why=_why(name, error), mend=_mend(error)) from error
     return model if quantization is None else bitsandbytes.one_kernel(model)
 
 
@@ -111,6 +113,14 @@ def _check_folder(name: str) -> None:
 def first_line(error: BaseException) -> str:
     """Of another library's message, which may run over many lines."""
     return str(error).strip().split("\n", 1)[0]
+
+
+def _why(name: str, error: BaseException) -> str:
+    """The library's first line; before it, that a bare word is no folder here, which is what it mostly should be."""
+    here = (
+        "" if "/" in name or Path(name).exists() else f"there is no folder `{name}` here, so it is taken for a hub id; "
+    )
+    return here + first_line(error)
 
 
 def _mend(error: BaseException) -> str:

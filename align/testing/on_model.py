@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from align.data.groups import TokenGroup
 from align.methods.base import Method
@@ -140,5 +141,6 @@ def _run(method: Method, model: str, out: Path, seed: int, stop: int | None = No
     )
     callbacks = None if stop is None else [_Stop(stop)]
     trainer = PreferenceTrainer(model, method, args, _rows(method, seed), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer

@@ -24,7 +24,7 @@ from align.data.stream import GlobalBatch
 from align.methods.base import Method
 from align.reference.columns import Column
 from align.trainers import checkpoints, optimiser
-from align.trainers.callbacks import AfterStep, JsonlLog, Patience, RestoreLogState
+from align.trainers.callbacks import POLICY_OF, AfterStep, JsonlLog, Patience, RestoreLogState, append_log
 from align.trainers.config import AlignConfig, higher_is_better, metric_name
 from align.trainers.data import RunData
 from align.trainers.engine import Engine
@@ -139,8 +139,12 @@ class AlignTrainer(Trainer):
         """
         start = self._resume_folder(resume_from_checkpoint)
         self._restore.folder = None if start is None else Path(start)
+        if start is not None:
+            logger.info("continuing from %s", start)
         with self.guard:
             result = super().train(resume_from_checkpoint=start, **kwargs)
+        if start is not None and self.state.global_step == checkpoints.step_of(Path(start)):
+            logger.info("nothing was left to train: the run has its %d steps", self.state.global_step)
         best = self.state.best_model_checkpoint
         if self.stopped_by_signal:
             return result
@@ -149,6 +153,8 @@ class AlignTrainer(Trainer):
         elif self.args.should_save:
             logger.info("the policy is that of %s, the best by %s", best, self.args.best_metric)
             checkpoints.copy_roles(self.accelerator.unwrap_model(self.model), Path(best), Path(self.args.output_dir))
+            end = {POLICY_OF: Path(best).name, "best_metric": self.args.best_metric, "best": self.state.best_metric}
+            append_log(self.args.output_dir, {"step": self.state.global_step, **end})
         return result
 
     def _resume_folder(self, given: str | bool | None) -> str | None:
@@ -355,7 +361,9 @@ class AlignTrainer(Trainer):
                 f"`best_metric` is `{self.args.best_metric}`, which evaluation does not give",
                 mend="use one of " + ", ".join(sorted(key.removeprefix("eval_") for key in metrics)),
             )
-        better = super()._determine_best_metric(metrics, trial)
+        # Of two that are equally good the later is kept: it has seen more data.
+        tie = self.args.best_metric is not None and metrics[name] == self.state.best_metric
+        better = super()._determine_best_metric(metrics, trial) or tie
         if better and self.args.best_metric is not None:
             self.state.best_global_step = self.state.global_step
             self.control.should_save = True

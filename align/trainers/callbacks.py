@@ -12,6 +12,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from align.core.files import atomic_write
 
 LOG_FILE = "log.jsonl"
+POLICY_OF = "policy_of"
+"""In the log's last line: the checkpoint that the run's policy was taken from, where that is not the end."""
 
 
 class JsonlLog(TrainerCallback):
@@ -26,17 +28,22 @@ class JsonlLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            path = Path(args.output_dir) / LOG_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}, default=float) + "\n")
+            append_log(args.output_dir, {"step": state.global_step, **logs})
+
+
+def append_log(output_dir: str | Path, entry: dict[str, Any]) -> None:
+    """One more line of the run's log."""
+    path = Path(output_dir) / LOG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(entry, default=float) + "\n")
 
 
 def _last_step(line: str) -> float:
     """The step of a line; beyond every step for the summary of a run's end."""
     try:
         entry = json.loads(line)
-        return math.inf if "train_runtime" in entry else int(entry["step"])
+        return math.inf if "train_runtime" in entry or POLICY_OF in entry else int(entry["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a torn last line
 

@@ -56,6 +56,12 @@ def verify_checkpoint(path: str | Path) -> None:
             raise CheckpointError(f"`{needed}` is missing", where=str(folder), mend="use another checkpoint")
 
 
+def step_of(folder: Path) -> int | None:
+    """The optimiser step of a `checkpoint-N` folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest whole checkpoint of a run. Damaged ones are named in the log and passed over.
 

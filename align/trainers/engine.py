@@ -12,7 +12,7 @@ from torch import Tensor
 from align.core.errors import ConfigError
 from align.data.groups import TokenGroup
 from align.data.partners import add_mismatched
-from align.methods.base import Method, finish
+from align.methods.base import Method, terms_of
 from align.reference.columns import Column
 from align.scoring.assemble import ANCHOR, ColumnsNeeded, columns_needed, make_view, placeholder_outputs, trees_of
 from align.scoring.backends import Backend
@@ -108,7 +108,7 @@ class Engine:
         # Units depend on the data alone, so a loss of zeros counts them exactly, before any forward and on every rank.
         with torch.no_grad():
             view = self.view(groups, placeholder_outputs(groups, self.needed.outputs), self.method.initial_state(), 0)
-            return dict(finish(self.method.loss(view), view).counts)
+            return dict(terms_of(self.method, view).counts)
 
     def _micro(self, groups: list[TokenGroup], starts: list[int], dummy: bool = False) -> MicroBatch:
         trees = trees_of(groups)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.data.stream import GlobalBatch
-from align.methods.base import finish
+from align.methods.base import terms_of
 from align.trainers.engine import Engine, Share
 from align.trainers.metrics import Meter, measure
 
@@ -50,11 +50,11 @@ def _evaluate(engine: Engine, share: Share, meter: Meter, state: Mapping[str, Te
         view = engine.view(micro.groups, outputs, state, seed)
         meter.add(measure(engine.method, view))
         if not coupled:
-            found = finish(engine.method.loss(view), view)
+            found = terms_of(engine.method, view)
             meter.add({f"term:{name}": (term.scale * term.values.sum(), 0.0) for name, term in found.items()})
     if coupled:
         view = engine.view(share.groups, engine.gather(share, parts), state, seed)
-        found = finish(engine.method.loss(view), view)
+        found = terms_of(engine.method, view)
         if engine.rank == 0:
             meter.add({f"term:{name}": (term.scale * term.values.sum(), 0.0) for name, term in found.items()})
     if engine.rank == 0:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from align.core.errors import ConfigError, ModelError
 from align.core.files import atomic_directory
+from align.sampling.prompts import stop_at_end_of_turn
 from align.scoring.adapters import adapter_config, base_of, load_adapter
 from align.scoring.loading import DTYPES, first_line, load_model, load_tokenizer, refuse_config
 from align.trainers.checkpoints import share
@@ -98,6 +99,7 @@ def merge_adapter(
     wrapped = load_adapter(model, folder, name)
     expected = _expected(wrapped, tokenizer)
     plain = _merge(wrapped, folder)
+    stop_at_end_of_turn(plain, tokenizer)
     untied = tied and not _is_tied(plain)
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     plain.to(DTYPES[kind])  # type: ignore[arg-type]

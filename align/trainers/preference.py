@@ -13,7 +13,9 @@ from transformers import set_seed
 from align.core.errors import ConfigError, ModelError
 from align.methods import METHODS
 from align.methods.base import Method
+from align.sampling.prompts import stop_at_end_of_turn
 from align.scoring.backends import prepare
+from align.scoring.facts import language_model
 from align.scoring.value import ValueModel
 from align.trainers.base import AlignTrainer
 from align.trainers.config import AlignConfig, default_learning_rate
@@ -85,6 +87,11 @@ class PreferenceTrainer(AlignTrainer):
         if VALUE in chosen.requires():
             roles[VALUE] = _value(model, args)
         policy = roles["policy"] = _policy(model, args, peft_config, quantization_config)
+        added = stop_at_end_of_turn(language_model(policy), tokenizer, args.chat_template)
+        if added:
+            logger.info(
+                "`generate` of the saved model stops at `%s` too, which ends a turn in the chat template", added
+            )
         self.reference: Reference | None = choose(chosen, args, policy, model if isinstance(model, str) else None)
         module = RoleModule(roles, DTYPES[args.dtype])
         super().__init__(module, chosen, args, data, tokenizer, callbacks, optimizers)

@@ -12,7 +12,7 @@ from torch import Tensor
 from align.compat.accelerate import backward, synchronising
 from align.core.errors import TrainingError
 from align.data.groups import TokenGroup
-from align.methods.base import Terms, finish
+from align.methods.base import Terms, terms_of
 from align.trainers.engine import Engine, MicroBatch, Share
 from align.trainers.metrics import Meter, measure
 
@@ -79,7 +79,7 @@ class PackedStep:
             with synchronising(self.accelerator, engine.module, last):
                 outputs = engine.outputs(micro)
                 view = engine.view(micro.groups, outputs, state, seed)
-                terms = finish(engine.method.loss(view), view)
+                terms = terms_of(engine.method, view)
                 loss = terms.total(share.counts) * (0.0 if micro.dummy else float(engine.world))
                 total = total + loss.detach()
                 if not micro.dummy:
@@ -129,7 +129,7 @@ class PackedStep:
         leaves = {name: gathered[name].detach().clone().requires_grad_() for name in trained}
         with torch.enable_grad():
             view = engine.view(share.groups, {**gathered, **leaves}, state, seed)
-            terms = finish(engine.method.loss(view), view)
+            terms = terms_of(engine.method, view)
             total = terms.total(share.counts)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         if engine.rank == 0:

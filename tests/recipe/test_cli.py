@@ -138,7 +138,9 @@ def test_from_a_recipe_to_a_model_and_back(tmp_path: Path) -> None:
     recipe = small_run(tmp_path / "d", steps=4)
     first = run("train", str(recipe), "train.save_steps=2", "--train.logging_steps", "1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "done: " in first.stdout
+    assert first.stdout.startswith("done: ") and first.stdout.count("\n") == 1
+    assert "step 1/4: loss 0.6931, " in first.stderr and "pairs/s" in first.stderr
+    assert (tmp_path / "d" / "run" / "report.html").is_file()
     folder = tmp_path / "d" / "run"
     assert (folder / "policy" / "model.safetensors").is_file()
     assert {"recipe.yaml", "provenance.json", "checkpoint-2", "checkpoint-4"} <= {

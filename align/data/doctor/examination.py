@@ -134,7 +134,14 @@ def _lengths(name: str, rows: RowPass, plan: Plan, watch: Watch) -> Lengths:
 def _stream(rows: RowPass, lengths: Lengths, plan: Plan) -> dict[str, Any]:
     limit = None if plan.tokenise is None else plan.tokenise.max_length
     samples = [] if plan.tokenise is None else rendered(rows.sample, plan.tokenise, RENDERED)
-    return {**rows.report(), "lengths": lengths.report(limit, rows.kept), "samples": samples}
+    report = {**rows.report(), "lengths": lengths.report(limit, rows.kept), "samples": samples}
+    if plan.tokenise is not None and lengths.looked == rows.kept:  # what tokens showed holds for all rows
+        bad, dropped = (lengths.reasons.total(kind) for kind in (False, True))
+        counts = report["rows"]
+        counts["kept"] -= bad + dropped
+        counts["bad"] += bad
+        counts["dropped"] += dropped
+    return report
 
 
 def _benchmark(source: Any, train: RowPass, watch: Watch) -> dict[str, Any]:

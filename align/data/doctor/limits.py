@@ -70,8 +70,8 @@ def crossed(judged: list[dict[str, Any]]) -> list[str]:
 def bad_share(stream: Mapping[str, Any]) -> float:
     """Of the rows read: those that cannot be read, and of the others those that cannot be tokenised."""
     rows = stream["rows"]
-    kept = rows["kept"] / rows["read"] if rows["read"] else 0.0
-    return float(rows["bad_share"] + kept * stream["lengths"]["bad_share"])
+    readable = rows["readable"] / rows["read"] if rows["read"] else 0.0
+    return float(rows["bad_share"] + readable * stream["lengths"]["bad_share"])
 
 
 def _of_stream(one: Mapping[str, Any]) -> list[tuple[str, float | None, str]]:

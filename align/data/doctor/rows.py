@@ -269,6 +269,7 @@ class RowPass:
                 "total": self.total,
                 "read": self.read,
                 "all_read": self.read == self.total,
+                "readable": self.kept,
                 "kept": self.kept,
                 "bad": bad,
                 "dropped": dropped,

@@ -94,7 +94,8 @@ def language(text: str) -> str:
     if latin < 3:
         return "no letters"
     hits = Counter(name for word in _WORDS.findall(text.lower()) for name in _LANGUAGES.get(word, ()))
-    leading = hits.most_common(2)
-    if not leading or (len(leading) == 2 and leading[0][1] == leading[1][1]):
+    leading = [*hits.most_common(2), ("", 0), ("", 0)]
+    # A wrong language is worse than none: one word in common, or a narrow lead, says nothing.
+    if leading[0][1] < 2 or leading[0][1] < 2 * leading[1][1]:
         return "Latin script, unclear"
     return leading[0][0]
