@@ -1,5 +1,5 @@
 # Everything needed is set up in .venv by `install`, which the other targets run first.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

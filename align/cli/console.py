@@ -46,7 +46,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    out = console()
+    # A number that is cut is worse than a line that wraps.
+    wide = out.measure(table).maximum
+    if wide > out.width:
+        out.width = wide
+        out.soft_wrap = True
+    out.print(table)
 
 
 def note(text: str) -> None:

@@ -39,7 +39,11 @@ def run(options: argparse.Namespace) -> int:
     for name in options.methods or ():
         if name not in METHODS:
             raise ConfigError(f"the demo has no method `{name}`", mend=suggestion(name, METHODS))
+    if options.prompts < 2:
+        raise ConfigError(f"--prompts is {options.prompts}", mend="use 2 or more")
     folder = options.output or next_free(Path("runs"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"`{folder}` is there already", mend="name a folder that is not, or leave --output out")
     demo = Demo(world, folder, options.seed, options.prompts, progress, note)
     made, outcomes = demo.run(tuple(options.methods or METHODS))
     rows = [demo_page.measures(outcome) for outcome in outcomes]

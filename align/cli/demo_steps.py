@@ -82,7 +82,7 @@ class Demo:
 
     def make(self) -> Made:
         """The model and the pairs; a model of the same world and seed is taken from the cache."""
-        self.say("training a language model from nothing on demonstrations")
+        self.say("the starting model: trained from nothing on demonstrations, once, and kept in the cache")
         cached = starting_model(
             self.world, replace(self.start, seed=self.seed), watch=self._watch("training the starting model")
         )

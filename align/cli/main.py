@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
+        print("interrupted: what was saved is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `align methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

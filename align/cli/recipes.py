@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     take.add_argument("file", metavar="FILE", type=Path, help="a TRL YAML file")
     take.add_argument(
-        "--trainer", choices=("dpo", "kto", "sft", "cpo", "orpo"), help="whose file; default: by its keys"
+        "--trainer", choices=("dpo", "kto", "sft", "cpo", "orpo", "bco"), help="whose file; default: by its keys"
     )
     take.add_argument("--processes", type=int, help="processes the file was launched with, for the global batch (1)")
     take.add_argument("--output", metavar="FILE", type=Path, help="write the recipe there, not to stdout")

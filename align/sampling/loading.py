@@ -51,7 +51,7 @@ def load(
         ModelError: missing, pickled, not a causal language model, an adapter of another base.
         ConfigError: two adapters, or an unknown dtype.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     kind = _dtype(dtype, where)
     base, folder = _parts(_expanded(model_name), None if adapter is None else _expanded(adapter))
     try:
@@ -71,6 +71,22 @@ def load(
         model = load_adapter(model, folder, base, _NAME_IT)  # type: ignore[arg-type]
     name = model_name if adapter is None else f"{model_name} + {adapter}"
     return Loaded(model.eval().requires_grad_(False).to(where), tokenizer, name)
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device `{asked}`", mend="write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no device `{asked}`",
+            why=f"torch sees {torch.cuda.device_count()} CUDA devices",
+            mend="write cpu, or leave the device out",
+        )
+    return device
 
 
 def _parts(name: str, adapter: str | None) -> tuple[str, Path | None]:

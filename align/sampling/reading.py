@@ -71,7 +71,9 @@ class PromptSet:
             f"{count} x {reason} ({', '.join(self.rejected.examples[reason])})"
             for reason, count in self.rejected.reasons.most_common(5)
         ]
-        raise DataError("no row gives a prompt", where=self._source, why="; ".join(reasons))
+        long = any("too long" in reason for reason in reasons)
+        mend = "set --max-new-tokens lower, or shorten the prompts" if long else "look at the rows named"
+        raise DataError("no row gives a prompt", where=self._source, why="; ".join(reasons), mend=mend)
 
 
 def read_prompts(

@@ -118,7 +118,7 @@ def config(world: World, start: Start) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         # At the usual 0.02 so narrow a model takes thousands of steps before it copies a word from the prompt.
         initializer_range=0.08,
         tie_word_embeddings=True,
