@@ -16,7 +16,7 @@ from align.scoring.views import Completions, Pairs, wide
 class CPL(Method):
     """Contrastive Preference Learning: preferences compare discounted sums of log-probs, the optimal advantages.
 
-        S = sum_t gamma^k(t) log pi(y_t)        (form `kl`: log pi - log pi_ref)
+        S = sum_t gamma^k(t) log pi(y_t)        (with form kl: log pi - log pi_ref)
         loss = p softplus(-alpha (S_w - lambda S_l)) + (1 - p) softplus(-alpha (S_l - lambda S_w))
                + bc_weight * (-mean_t log pi)
 
@@ -66,15 +66,14 @@ class CPL(Method):
 
     def _sum(self, completions: Completions) -> Tensor:
         values = wide(completions.logp) if self.form == "plain" else completions.log_ratio
-        if self.gamma != 1:
-            values = values * self.gamma ** self._count(completions).to(values.dtype)
-        total = self.alpha * completions.sum(values)
+        discounts = self.gamma ** self._count(completions).to(values.dtype)
+        total = self.alpha * completions.sum(discounts * values)
         return total / completions.length.clamp(min=1) if self.normalize == "token" else total
 
     def _count(self, completions: Completions) -> Tensor:
         """Turns or scored tokens before each token, from 0 at the first that is scored."""
         if self.discount == "token":
-            return (completions.mask.cumsum(-1) - 1).clamp(min=0)
+            return completions.mask.cumsum(-1) - 1
         step = completions.columns.get("step")
         if step is None:
             return torch.zeros_like(completions.mask, dtype=torch.long)

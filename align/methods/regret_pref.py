@@ -62,7 +62,7 @@ class RegretPref(Method):
         after = wide(completions.value)[:, 1:]
         left = completions.mask.flip(-1).cumsum(-1).flip(-1)
         finished = completions.columns.get("finished", torch.ones_like(completions.mask[:, 0]))
-        return torch.where((left == 1) & completions.mask & finished[:, None], 0.0, after)
+        return torch.where((left == 1) & finished[:, None], 0.0, after)
 
     def cautions(self) -> tuple[str, ...]:
         unused = "value_weight" if self.form == "policy" else "beta"

@@ -45,7 +45,7 @@ class SFTFDiv(Method):
         values = -PHI[self.kind](self._reward(view).clamp(min=FLOORS.get(self.kind, -torch.inf)))
         if self.level == "sequence":
             return {"loss": Term(values, "completion")}
-        return {"loss": Term(torch.where(view.completions.mask, values, 0.0), Unit("token"))}
+        return {"loss": Term(values, Unit("token"))}
 
     def _reward(self, view: Demonstrations) -> Tensor:
         completions = view.completions

@@ -12,8 +12,8 @@ from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs, wide
 
-BETTER = "Write an answer to the following that is better than a usual one: correct, helpful, to the point.\n\n{prompt}"
-WORSE = "Write an answer to the following that is worse than a usual one: wrong, unhelpful, off the point.\n\n{prompt}"
+BETTER = "Write an answer to the following that is better than a usual one: correct, helpful, to the point. {prompt}"
+WORSE = "Write an answer to the following that is worse than a usual one: wrong, unhelpful, off the point. {prompt}"
 
 
 @method("t_reg", paper="2412.02685", view="pairs", needs={"ref_logp", "anchor.better", "anchor.worse"})

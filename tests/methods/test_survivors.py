@@ -54,8 +54,8 @@ class Watched(dict[str, Any]):
 FREE = {"logp", "mask", "weight", "chosen", "rejected", "completions", "anchor", "role"}
 """What every row has: nothing of it is declared. `role` comes with `contrasts`."""
 
-OPTIONAL = {"probability", "finished"}
-"""What has a value where the data say nothing, so that it may be read without being declared."""
+UNDECLARED = {"cpl": {"probability"}, "iqlearn_sft": {"finished"}, "regret_pref": {"finished"}}
+"""What has a value where the data say nothing, so that these methods read it without declaring it."""
 
 
 def read_by_loop(name: str, made: Any) -> set[str]:
@@ -74,15 +74,15 @@ def test_a_method_declares_what_its_loop_reads(name: str) -> None:
     for label, made in variants(cls).items():
         assert made.requires() <= cls.needs, label
         read = read_by_loop(name, made)
-        assert read - made.requires() <= OPTIONAL, label
+        assert read - made.requires() <= UNDECLARED.get(name, set()), label
         needs |= read
-    assert needs - cls.needs <= OPTIONAL
+    assert needs - cls.needs <= UNDECLARED.get(name, set())
     assert cls.needs - needs <= {"ties"}
 
 
 def test_which_methods_take_ties() -> None:
     """No column, but leave to see pairs of which neither is better: with a probability of one half in the loss."""
-    take = {name for name in METHODS.entries() if "ties" in METHODS.get(name).needs}
+    take = {name for name in METHODS.entries() if "ties" in METHODS.get(name)().requires()}
     assert take == {"robust_bt", "smpo", "soft_dpo"}
 
 
@@ -118,10 +118,12 @@ def test_every_reward_of_its_own_is_listed() -> None:
     assert own <= set(REWARDS), "write the paper's reward of these down in REWARDS"
 
 
-def measured(name: str, options: dict[str, Any], pairs: list[Row]) -> dict[str, tuple[float, float]]:
+def measured(
+    name: str, options: dict[str, Any], rows: list[Row], view: str = "pairs"
+) -> dict[str, tuple[float, float]]:
     method = make_method(name, options)
-    view = make_bare_view("pairs", pairs, requires=method.requires())
-    return {key: (float(top), below) for key, (top, below) in method.measure(view).items()}
+    made = make_bare_view(view, rows, requires=method.requires())
+    return {key: (float(top), below) for key, (top, below) in method.measure(made).items()}
 
 
 def test_chi_po_counts_what_it_clips() -> None:
@@ -198,7 +200,9 @@ def test_state_is_float64_without_gradient(name: str) -> None:
 def test_running_means_start_by_themselves(name: str) -> None:
     method = METHODS.get(name)()
     rows = random_rows(method, 6, seed=1)
-    bare, begun = (make_bare_view(method.view, rows, state=state) for state in ({}, method.initial_state()))
+    bare, begun = (
+        make_bare_view(method.view, rows, state=state) for state in (dict[str, Any](), method.initial_state())
+    )
     assert method.observe(bare) == method.observe(begun)
 
 
@@ -305,9 +309,38 @@ class TestRobustBT:
     def test_bounds(self) -> None:
         for options in ({"floor": 1, "ceiling": 1}, {"floor": 0, "ceiling": 0}):
             make_method("robust_bt", options)
-        for bad in ({"floor": 1.5, "ceiling": 2}, {"floor": -1, "ceiling": -0.5}):
-            with pytest.raises(ConfigError, match="outside its range"):
+        for name, bad in (("floor", {"floor": 1.5, "ceiling": 2}), ("ceiling", {"ceiling": -0.5})):
+            with pytest.raises(ConfigError, match=f"`{name}` is .*, outside its range"):
                 make_method("robust_bt", bad)
+
+
+@pytest.mark.parametrize(("name", "options"), [("chi_po", {"max_exponent": 0.5}), ("spac", {"eta": 0.5})])
+def test_small_values_of_a_range_that_starts_at_0_are_admitted(name: str, options: dict[str, Any]) -> None:
+    make_method(name, options)
+
+
+def test_wpo_logs_the_mean_weight() -> None:
+    one = {"logp": [-1.0, -2.0], "ref_logp": [-1.0, -2.0], "log_sum_sq": [-0.5, -1.0], "log_max": [0.0, 0.0]}
+    pair = {"chosen": one, "rejected": {**one, "log_sum_sq": [-1.0, -1.0]}}
+    ((top, count),) = measured("wpo", {}, [pair, pair, pair]).values()
+    assert (top, count) == (pytest.approx(3 * math.exp(-0.75 - 0.5)), 3)
+
+
+def test_sft_fdiv_counts_scored_tokens_that_are_held() -> None:
+    row = {"logp": [-3.0, -1.0, -9.0, -9.0], "ref_logp": [-1.0, -1.0, -1.0, -1.0], "mask": [1, 1, 1, 0]}
+    assert measured("sft_fdiv", {"kind": "js"}, [row], "demonstrations") == {"sft_fdiv/held": (2.0, 3.0)}
+    once = {"logp": [-1.6], "ref_logp": [-1.0]}
+    found = measured("sft_fdiv", {"kind": "js", "beta": 0.5, "level": "sequence"}, [row, once], "demonstrations")
+    assert found == {"sft_fdiv/held": (1.0, 2.0)}
+
+
+def test_ps_kd_starts_with_one_epoch_and_logs_its_share() -> None:
+    method = METHODS.get("ps_kd")(alpha_T=0.8)
+    assert {name: float(value) for name, value in method.initial_state().items()} == {"epoch": 0.0, "epochs": 1.0}
+    state = {"epoch": torch.tensor(1.0), "epochs": torch.tensor(4.0)}
+    view = make_bare_view("demonstrations", [{"logp": [-1.0], "cross_entropy": [2.0]}], state=state)
+    ((share, count),) = method.measure(view).values()
+    assert (float(share), count) == (pytest.approx(0.4), 1)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])

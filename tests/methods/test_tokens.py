@@ -17,7 +17,8 @@ from align.scoring.vocab import Tile, cross_entropy, logp
 from align.testing import battery
 from align.testing.bare import state_of
 from align.testing.on_model import Bench
-from align.testing.rows import Row, random_rows
+from align.testing.reference_step import evaluate
+from align.testing.rows import Row, random_rows, tracked
 from align.testing.steps import engine_for, golden_step, packed_step, relative_difference
 from tests.methods.loops_tokens import LOOPS
 from tests.methods.test_identities import LOG2, one, slopes, values
@@ -42,6 +43,18 @@ def anchored(pair: Row, **anchors: tuple[list[float], list[float]]) -> Row:
         own = {name: [r + d for r, d in zip(ref, both[place], strict=True)] for name, both in anchors.items()}
         made[part] = {**pair[part], "anchor": own}
     return {**pair, **made}
+
+
+def gradients_of_anchors(name: str, row: Row) -> list[str]:
+    """Anchors and references that a gradient reaches when they ask for one."""
+    made, leaves = {**row}, {}
+    for part in ("chosen", "rejected"):
+        anchors = {key: torch.tensor(x, requires_grad=True) for key, x in row[part]["anchor"].items()}
+        leaves |= {f"{part} {key}": leaf for key, leaf in anchors.items()}
+        logp = torch.tensor(row[part]["logp"], requires_grad=True)
+        made[part] = {**row[part], "logp": logp, "anchor": anchors}
+    terms(name, pairs=[made]).total().backward()
+    return [key for key, leaf in leaves.items() if leaf.grad is not None]
 
 
 class TestTGDPO:
@@ -83,6 +96,9 @@ class TestTGDPO:
         far = anchored(PAIR, guide=([-9.0, 0.0, 0.0], [9.0, 0.0]))
         measured = make_method("tgdpo", {"beta": 0.6}).measure(make_bare_view("pairs", [far, self.ROW]))
         assert [(float(a), b) for a, b in measured.values()] == [(2.0, 10.0)]
+
+    def test_the_guides_rewards_have_no_gradient(self) -> None:
+        assert not gradients_of_anchors("tgdpo", self.ROW)
 
     def test_the_guide_is_not_optional(self) -> None:
         with pytest.raises(ConfigError, match=r"anchor\.guide"):
@@ -129,6 +145,9 @@ class TestTREG:
         reg = sum(np.dot(r, PAIR[part]["logp"]) for r, part in zip(self.R, ("chosen", "rejected"), strict=True))
         assert float(found["token_reward"].values) == pytest.approx(-0.6 * s(-0.6 * Z) * reg, abs=1e-14)
         assert found["token_reward"].scale == 0.5
+
+    def test_token_rewards_have_no_gradient(self) -> None:
+        assert not gradients_of_anchors("t_reg", self.ROW)
 
     def test_its_prompts_are_what_the_tokeniser_asks_with(self) -> None:
         assert make_method("t_reg", {"better_prompt": "+{prompt}", "worse_prompt": "-{prompt}"}).contexts() == {
@@ -268,6 +287,11 @@ class TestWPO:
         first, second = values("wpo", {}, pairs=[near, far])
         assert second < 0.1 * first
 
+    def test_the_weights_mean_is_logged(self) -> None:
+        rows = [peaked(PAIR, "log_sum_sq", -0.7, -0.2), peaked(PAIR, "log_sum_sq", 0.0, -0.4)]
+        total, count = make_method("wpo").measure(make_bare_view("pairs", rows))["wpo/weight"]
+        assert (float(total), count) == (pytest.approx(math.exp(-0.9) + math.exp(-0.4), abs=1e-12), 2)
+
     def test_columns_by_alignment(self) -> None:
         wpo = METHODS.get("wpo")
         assert wpo().requires() == {"ref_logp", "log_sum_sq"}
@@ -330,6 +354,18 @@ class TestCPL:
         assert tokens[0] == pytest.approx(-math.log(s(-0.3 - 0.6 - 0.1 + 0.8 + 0.1)), abs=1e-14)
         flat = values("cpl", {"gamma": 0.5}, pairs=[PAIR])  # one turn
         np.testing.assert_allclose(flat, values("cpl", {}, pairs=[PAIR]), atol=1e-14)
+
+    def test_turns_and_tokens_count_from_the_first_that_is_scored(self) -> None:
+        late = {"step": [0, 2, 2, 3], "mask": [False, True, True, True]}
+        row = {
+            "chosen": {**one(-9.0, -0.3, -1.2, -0.4), **late},
+            "rejected": {**PAIR["rejected"], "step": [5, 6]},
+        }
+        for discount, exponents in (("turn", (0, 0, 1)), ("token", (0, 1, 2))):
+            options = {"lambda": 1, "alpha": 1, "gamma": 0.5, "discount": discount}
+            total = np.dot([-0.3, -1.2, -0.4], [0.5**k for k in exponents])
+            found = values("cpl", options, pairs=[row])
+            assert found[0] == pytest.approx(-math.log(s(total + 0.8 + 0.1)), abs=1e-14)
 
     def test_per_token_alpha(self) -> None:
         found = values("cpl", {"normalize": "token", "lambda": 1, "alpha": 0.9}, pairs=[PAIR])
@@ -459,8 +495,16 @@ class TestSFTFDiv:
         row = one(-0.1, -0.1, ref=[-0.1 - floor + 0.01, -0.1 - floor - 0.01])
         (found,) = slopes("sft_fdiv", {"kind": kind}, [row])
         assert found[0] == 0 and found[1] < 0
+        row = one(-0.1, -0.1, -0.5, ref=[-0.1 - floor + 0.01, -0.1 - floor - 0.01, 0.0])
         measured = make_method("sft_fdiv", {"kind": kind}).measure(make_bare_view("demonstrations", [row]))
-        assert [(float(a), b) for a, b in measured.values()] == [(1.0, 2.0)]
+        assert [(float(a), b) for a, b in measured.values()] == [(1.0, 3.0)]
+
+    def test_a_reward_at_the_bound_is_not_held(self) -> None:
+        row = one(-20.5, -1.0, ref=[-0.5, -0.5])
+        (found,) = slopes("sft_fdiv", {"kind": "rkl"}, [row])
+        assert found[0] == pytest.approx(-math.exp(20) / 2, rel=1e-12)
+        measured = make_method("sft_fdiv", {"kind": "rkl"}).measure(make_bare_view("demonstrations", [row]))
+        assert [(float(a), b) for a, b in measured.values()] == [(0.0, 2.0)]
 
     def test_a_constant_in_the_reward_cancels_for_tv_only(self) -> None:
         """L(V) = V - phi(beta h + V): V enters as a shift of the reference's log-probability."""
@@ -557,7 +601,11 @@ class TestPSKD:
         hard = sum(-w * row["logp"][t] for row, w, t in self.tokens())
         assert sum(expected) == pytest.approx(share * soft + (1 - share) * hard, abs=1e-12)
         view = make_bare_view("demonstrations", self.ROWS, state=later(epoch, 4))
-        assert float(make_method("ps_kd", {"alpha_T": 0.6}).measure(view)["ps_kd/share"][0]) == pytest.approx(share)
+        total, count = make_method("ps_kd", {"alpha_T": 0.6}).measure(view)["ps_kd/share"]
+        assert (float(total), count) == (pytest.approx(share), 1)
+
+    def test_it_starts_in_the_first_epoch_of_one(self) -> None:
+        assert METHODS.get("ps_kd")().initial_state() == later(0, 1)
 
     def tokens(self) -> list[tuple[Row, float, int]]:
         return [(row, row["weight"], t) for row in self.ROWS for t, keep in enumerate(row["mask"]) if keep]
@@ -666,7 +714,9 @@ class TestELR:
         sure = {"chosen": one(-1.0, ref=[-900.0]), "rejected": one(-900.0, ref=[-1.0])}
         state = self.visited(keyed(sure), 80)
         found = terms("elr", {"beta": 0.6}, pairs=[keyed(sure)], state=state)["elr"]
-        assert math.log(1e-4) <= float(found.values) < math.log(3e-4)
+        np.testing.assert_allclose(state["target"], [[1 - 1e-4, 1e-4]], atol=1e-11)
+        assert float(found.values) == pytest.approx(math.log(1 - (1 - 1e-4) ** 2 - 1e-8), abs=1e-6)
+        assert float(found.values) >= math.log(1e-4)
         assert not slopes("elr", {"beta": 0.6}, [keyed(sure)], state)[0].any()
 
     def test_every_pair_has_its_own_target_whatever_the_order_and_the_batches(self) -> None:
@@ -710,6 +760,46 @@ MORE = [
     ("wpo", {"clamp": 0.5, "alignment": "greedy"}),
     ("tgdpo", {"beta_guide": 0.8, "alpha": 3.0, "floor": 0.2}),
 ]
+
+
+def test_the_memory_is_that_of_the_loop() -> None:
+    """Rows that were met before: the loop finds their targets under the same keys."""
+    method = METHODS.get("elr")()
+    rows, others = random_rows(method, 6, seed=1), random_rows(method, 5, seed=2)
+    state = terms(method, pairs=[*others, *rows[:4]], state=terms(method, pairs=[*rows[2:], *others[:2]]).state).state
+    expected, _ = LOOPS["elr"](rows, {name: x.tolist() for name, x in state.items()})
+    np.testing.assert_allclose(np.asarray(terms(method, pairs=rows, state=state)), expected, atol=1e-12)
+    fresh, _ = LOOPS["elr"](rows, {})
+    assert np.abs(np.array(expected) - fresh).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("cpl", {"bc_steps": 2}), ("iqlearn_sft", {"warmup_steps": 3}), ("ps_kd", {}), ("elr", {})]
+)
+def test_a_missing_state_is_the_first(name: str, options: dict[str, Any]) -> None:
+    method = make_method(name, options)
+    rows = random_rows(method, 4, seed=3)
+    bare, first = (make_bare_view(method.view, rows, state=state) for state in ({}, method.initial_state()))
+    for term in method.loss(first):
+        assert torch.equal(method.loss(bare)[term].values, method.loss(first)[term].values)
+    if name != "ps_kd":
+        ours, theirs = method.observe(bare), method.observe(first)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and len(theirs) == len(ours) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cpl", {"normalize": "token", "gamma": 0.5}), ("wpo", {}), ("regret_pref", {"form": "value"})],
+)
+def test_a_completion_without_a_scored_token_is_finite(name: str, options: dict[str, Any]) -> None:
+    method = make_method(name, options)
+    rows = random_rows(method, 2, seed=5)
+    rows[0]["chosen"]["mask"] = [False] * len(rows[0]["chosen"]["mask"])
+    made, leaves = tracked(rows)
+    total = evaluate(method, made).total()
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    assert torch.isfinite(total)
+    assert all(torch.isfinite(g).all() for g in found if g is not None)
 
 
 @pytest.mark.parametrize(("name", "options"), MORE, ids=[f"{name} {options}" for name, options in MORE])

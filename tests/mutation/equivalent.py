@@ -3,6 +3,52 @@
 from __future__ import annotations
 
 _BY_REASON: dict[str, tuple[str, ...]] = {
+    "no completion is without a scored token": (
+        "cpl.CPL._sum drop_clamp: completions.length.clamp(min=1) -> completions.length",
+        "regret_pref.RegretPref._error drop_clamp: completions.length.clamp(min=1) -> completions.length",
+        "wpo.WPO._mean drop_clamp: completions.length.clamp(min=1) -> completions.length",
+    ),
+    "the trainer gives the whole state, and so does `terms`": (
+        "cpl.CPL.loss drop_term: {**self.initial_state(), **pairs.state} -> {**pairs.state}",
+        "cpl.CPL.loss drop_term: {**self.initial_state(), **pairs.state} -> {**self.initial_state()}",
+        "cpl.CPL.observe drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
+        "cpl.CPL.observe drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
+        "elr.ELR._recall drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
+        "elr.ELR._recall drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
+        "iqlearn_sft.IQLearnSFT.observe drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
+        "iqlearn_sft.IQLearnSFT.observe drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
+        "ps_kd.PSKD._share drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
+        "ps_kd.PSKD._share drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
+    ),
+    "the reward is squared": (
+        "iqlearn_sft.IQLearnSFT._rewards flip_sign: return torch.where(known, wide(completions.logit) - "
+        "self.gamma * after, 0.0) -> return -torch.where(known, wide(completions.logit) - self.gamma * "
+        "after, 0.0)",
+        "iqlearn_sft.IQLearnSFT._rewards swap_sides: wide(completions.logit) - self.gamma * after -> "
+        "self.gamma * after - wide(completions.logit)",
+    ),
+    "the smaller of two does not depend on their order": (
+        "ld_dpo.LDDPO.loss swap_sides: shared = torch.minimum(pairs.chosen.length, "
+        "pairs.rejected.length) -> shared = torch.minimum(pairs.rejected.length, pairs.chosen.length)",
+    ),
+    "one more place than there are completions is read by none": (
+        "lipo_lambda._discount_gap off_by_one: len(reward) -> len(reward) + 1",
+        "lipo_lambda._discount_gap wrong_constant: 1 -> 2 #1",
+    ),
+    "it divides 0 by 0 only where a completion is tied with itself alone, and that branch is not taken": (
+        "lipo_lambda._discount_gap drop_clamp: (tied * (tied - 1)).clamp(min=1) -> tied * (tied - 1)",
+        "lipo_lambda._discount_gap drop_clamp: torch.where(together, within[first], (mean[first] - "
+        "mean[second]).abs()) -> (mean[first] - mean[second]).abs()",
+        "lipo_lambda._discount_gap drop_clamp: torch.where(together, within[first], (mean[first] - "
+        "mean[second]).abs()) -> within[first]",
+        "lipo_lambda._discount_gap wrong_constant: 1 -> 2 #5",
+    ),
+    "only its dtype and device are read": (
+        "mapl.MAPL._contrasts sum_for_mean: pairs.delta -> pairs.chosen.mean_log_ratio - pairs.rejected.mean_log_ratio",
+    ),
+    "a pair without contrasts is masked out of the term": (
+        "mapl.MAPL._contrasts drop_clamp: count.clamp(min=1) -> count",
+    ),
     "both indices of a pair are completions of one list": (
         "lipo.LiPO.loss swap_sides: better -> worse #1",
         "lipo_lambda.LiPOLambda.loss swap_sides: better -> worse #3",

@@ -148,7 +148,7 @@ class _Plugin:
         outcome: Any = "passed" if call.excinfo is None else "skipped" if skipped else "failed"
         self.failed |= outcome == "failed"
         # No traceback is made: thousands of tests are meant to fail here.
-        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)
+        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)  # type: ignore[arg-type]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:

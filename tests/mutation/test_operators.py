@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -155,7 +156,7 @@ def scaled(x, by=1):
 
 
 @pytest.fixture
-def live(tmp_path: Path) -> ModuleType:
+def live(tmp_path: Path) -> Iterator[ModuleType]:
     path = tmp_path / "live.py"
     path.write_text(LIVE)
     spec = importlib.util.spec_from_file_location("scratch_package.live", path)
