@@ -36,6 +36,8 @@ BETA = 0.5
 SEEDS = (0, 1)
 ZERO = 1e-10
 NAMES = list(METHODS.entries())
+HELD = {"wpo"}
+"""A weight without gradient grows more than the loss that it weighs falls."""
 DOWN_FIRST = {"discopop"}
 """Methods whose first steps lower margins, as their papers say: the slope of discopop's loss at 0 is +0.784."""
 
@@ -69,7 +71,7 @@ def tree(request: pytest.FixtureRequest) -> TokenTree:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exact_gradient_step_lowers_the_population_objective(name: str, seed: int) -> None:
     for label, instance in variants(METHODS.get(name)).items():
-        assert step_lowers_objective(instance, seed) == "", label
+        assert step_lowers_objective(instance, seed, instance.id in HELD) == "", label
 
 
 @pytest.mark.parametrize("seed", SEEDS)
