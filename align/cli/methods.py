@@ -41,14 +41,15 @@ def run(options: argparse.Namespace) -> int:
         below = [entry for kind, entry in found if kind == registry.kind]
         if below:
             print(_bold(f"{registry.kind}s"))
+            width = max(len(entry.id) for entry in below) + 2
             for entry in below:
-                _show(entry)
+                _show(entry, width)
     return 0
 
 
-def _show(entry: Entry) -> None:
+def _show(entry: Entry, width: int) -> None:
     paper = f"arXiv {entry.paper}" if entry.paper else ""
-    print(f"{entry.id:<10}{entry.view:<16}{paper}".rstrip())
+    print(f"{entry.id:<{width}}{entry.view:<16}{paper}".rstrip())
     print(f"    {entry.summary}")
     if entry.options:
         print("    " + "  ".join(f"{name}={value}" for name, value in entry.options.items()))

@@ -16,7 +16,8 @@ from align.scoring.views import Completions, Pairs, wide
 class CPL(Method):
     """Contrastive Preference Learning: preferences compare discounted sums of log-probs, the optimal advantages.
 
-        S = sum_t gamma^k(t) log pi(y_t)        (with form kl: log pi - log pi_ref)
+        plain:  S = sum_t gamma^k(t) log pi(y_t)
+        kl:     S = sum_t gamma^k(t) (log pi(y_t) - log pi_ref(y_t))
         loss = p softplus(-alpha (S_w - lambda S_l)) + (1 - p) softplus(-alpha (S_l - lambda S_w))
                + bc_weight * (-mean_t log pi)
 

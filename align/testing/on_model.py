@@ -112,7 +112,7 @@ class _Stop(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == self.step
 
 
-def _rows(method: Method, seed: int) -> list[dict[str, Any]]:
+def rows_for(method: Method, seed: int) -> list[dict[str, Any]]:
     """Pairs, with the further answers that the method reads: two samples, a demonstration."""
     rows, others = (random_pairs(12, seed=drawn) for drawn in (seed, seed + 1))
     needs = method.requires()
@@ -140,7 +140,7 @@ def _run(method: Method, model: str, out: Path, seed: int, stop: int | None = No
         guide_model=str(save_tiny(out.parent / "guide", seed=5)) if GUIDE in method.requires() else None,
     )
     callbacks = None if stop is None else [_Stop(stop)]
-    trainer = PreferenceTrainer(model, method, args, _rows(method, seed), callbacks=callbacks)
+    trainer = PreferenceTrainer(model, method, args, rows_for(method, seed), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer

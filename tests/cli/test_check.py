@@ -228,7 +228,7 @@ def test_a_step_zero_that_fails(
     ("sections", "said"),
     [
         ({"model": {"name": "./nowhere"}}, ["there is no model folder", "recipe.yaml:"]),
-        ({"method": {"name": "dop"}}, ["did you mean `dpo`", "recipe.yaml:"]),
+        ({"method": {"name": "dop"}}, ["did you mean", "`dpo`", "recipe.yaml:"]),
         ({"method": {"name": "kto"}, "train": {"global_batch_size": 31}}, ["global_batch_size", "multiple of 2"]),
         ({"data": {"train": ["./nowhere.jsonl"]}}, ["nowhere.jsonl", "recipe.yaml:"]),
         ({"train": {"optim": "adamm"}}, ["adamm"]),

@@ -71,6 +71,7 @@ def test_rows_and_reasons(report: dict[str, Any]) -> None:
         "total": 300,
         "read": 300,
         "all_read": True,
+        "readable": len(KEPT),
         "kept": len(KEPT),
         "bad": 7,
         "dropped": 3,
@@ -462,7 +463,8 @@ def test_rows_whose_tokens_are_bad_count_as_bad() -> None:
     rows[3] = {"prompt": "q", "chosen": " yes</s>", "rejected": " yes"}  # equal once the end token is taken off
     report = examine({"train": [rows]}, Plan(tokenise=Tokeniser(tiny_tokenizer(), "pairs", 200))).report
     train = report["streams"]["train"]
-    assert (train["rows"]["bad"], train["lengths"]["bad"]) == (0, 1)
+    assert (train["rows"]["readable"], train["rows"]["kept"]) == (20, 19)
+    assert (train["rows"]["bad"], train["lengths"]["bad"]) == (1, 1)
     assert bad_share(train) == pytest.approx(1 / 20)
     assert judge(report, Limits())[0]["value"] == pytest.approx(1 / 20)
 

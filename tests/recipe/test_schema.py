@@ -27,7 +27,7 @@ train:
   learning_rate: 1e-6
   global_batch_size: 16
   output_dir: runs/x
-eval: {every: 0.5, best: accuracy, patience: 3}
+eval: {every: 0.5, best: loss, patience: 3}
 provenance: {paper: 2405.10470, claim: none}
 """
 
@@ -70,7 +70,7 @@ def test_a_good_recipe(write: Write) -> None:
     ]
     assert [stream.name for stream in recipe.data.eval] == ["some/held-out"]
     assert (recipe.train.learning_rate, recipe.train.global_batch_size) == (1e-6, 16)
-    assert (recipe.eval.every, recipe.eval.best, recipe.eval.patience) == (0.5, "accuracy", 3)
+    assert (recipe.eval.every, recipe.eval.best, recipe.eval.patience) == (0.5, "loss", 3)
     assert recipe.provenance.paper == "2405.10470"
 
 
