@@ -46,6 +46,7 @@ def summary(result: Result) -> dict[str, Any]:
         "equivalent": len(result.equivalent),
         "survived": len(result.survived),
         "caught": result.share(),
+        "listed_as_equivalent_and_caught": [mutant.key for mutant in result.wrongly_listed],
         "failing_without_a_mutant": result.failing,
         "uncollected": result.uncollected,
         "files": result.by_module(),

@@ -3,23 +3,6 @@
 from __future__ import annotations
 
 _BY_REASON: dict[str, tuple[str, ...]] = {
-    "no completion is without a scored token": (
-        "cpl.CPL._sum drop_clamp: completions.length.clamp(min=1) -> completions.length",
-        "regret_pref.RegretPref._error drop_clamp: completions.length.clamp(min=1) -> completions.length",
-        "wpo.WPO._mean drop_clamp: completions.length.clamp(min=1) -> completions.length",
-    ),
-    "the trainer gives the whole state, and so does `terms`": (
-        "cpl.CPL.loss drop_term: {**self.initial_state(), **pairs.state} -> {**pairs.state}",
-        "cpl.CPL.loss drop_term: {**self.initial_state(), **pairs.state} -> {**self.initial_state()}",
-        "cpl.CPL.observe drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
-        "cpl.CPL.observe drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
-        "elr.ELR._recall drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
-        "elr.ELR._recall drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
-        "iqlearn_sft.IQLearnSFT.observe drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
-        "iqlearn_sft.IQLearnSFT.observe drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
-        "ps_kd.PSKD._share drop_term: {**self.initial_state(), **view.state} -> {**self.initial_state()}",
-        "ps_kd.PSKD._share drop_term: {**self.initial_state(), **view.state} -> {**view.state}",
-    ),
     "the reward is squared": (
         "iqlearn_sft.IQLearnSFT._rewards flip_sign: return torch.where(known, wide(completions.logit) - "
         "self.gamma * after, 0.0) -> return -torch.where(known, wide(completions.logit) - self.gamma * "
@@ -37,10 +20,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     ),
     "it divides 0 by 0 only where a completion is tied with itself alone, and that branch is not taken": (
         "lipo_lambda._discount_gap drop_clamp: (tied * (tied - 1)).clamp(min=1) -> tied * (tied - 1)",
-        "lipo_lambda._discount_gap drop_clamp: torch.where(together, within[first], (mean[first] - "
-        "mean[second]).abs()) -> (mean[first] - mean[second]).abs()",
-        "lipo_lambda._discount_gap drop_clamp: torch.where(together, within[first], (mean[first] - "
-        "mean[second]).abs()) -> within[first]",
         "lipo_lambda._discount_gap wrong_constant: 1 -> 2 #5",
     ),
     "only its dtype and device are read": (
@@ -68,12 +47,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
         "spac.SPAC._pessimism wrong_condition: samples is None or owner is None -> samples is None and owner is None",
         "stages.of_samples wrong_condition: pairs.samples is None or pairs.sample_pair is None -> "
         "pairs.samples is None and pairs.sample_pair is None",
-    ),
-    "the columns it is made of are other policies' log-probs, which never carry a gradient": (
-        "t_reg.TREG._reg drop_stop: reward.detach() -> reward",
-        "tgdpo.TGDPO._factor drop_stop: (wide(completions.anchor('guide')) - "
-        "wide(completions.ref_logp)).detach() -> wide(completions.anchor('guide')) - "
-        "wide(completions.ref_logp)",
     ),
     "only the order of the values is asked, and an order has no gradient": (
         "lipo_lambda.LiPOLambda.loss drop_stop: reward.detach() -> reward",
