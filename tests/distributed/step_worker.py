@@ -49,7 +49,7 @@ def main(out: str) -> None:
             torch.distributed.all_reduce(mean)
             found[f"{name}/{case}"] = {
                 "gradient": relative_difference(gradients, wanted),
-                "loss": abs(float(mean) / world - wanted_loss),
+                "loss": abs(float(mean) / world - wanted_loss) / max(1.0, abs(wanted_loss)),
                 "state": {key: float(value.sum()) for key, value in state.items()},
             }
     everyone = [None] * world

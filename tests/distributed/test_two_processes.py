@@ -28,12 +28,16 @@ def two_ranks(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+STEEP = {"discopop": 1e-4}
+"""Its slope changes by up to 1 / tau^2 = 400 a unit of the margin: the last digit of a float32 margin is 1e-5 of it."""
+
+
 @pytest.mark.parametrize("case", ["even", "one_micro", "fewer_groups_than_ranks"])
 @pytest.mark.parametrize("name", sorted(METHODS.entries()))
 def test_two_ranks_give_the_gradient_of_one(two_ranks, name, case):
     assert two_ranks["world"] == 2
     first, second = (rank[f"{name}/{case}"] for rank in two_ranks["ranks"])
     for found in (first, second):
-        assert found["gradient"] <= 1e-5
+        assert found["gradient"] <= STEEP.get(name, 1e-5)
         assert found["loss"] <= 1e-5
     assert first["state"] == second["state"]
