@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
             note("stopped by a signal; the same command resumes")
         else:
             _finish(recipe, options.json)
+    # Together: a process that leaves its group open, or alone, can be aborted on its way out and take the others along.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return _STOPPED if stopped else 0
 
 

@@ -57,6 +57,8 @@ def main(out: str) -> None:
     if rank == 0:
         with open(out, "w") as file:
             json.dump({"world": world, "ranks": everyone}, file)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

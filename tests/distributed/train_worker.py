@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -91,3 +92,5 @@ if __name__ == "__main__":
         without_compiling()
     for one in sys.argv[3].split(","):
         main(sys.argv[1], sys.argv[2], one, sys.argv[4])
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

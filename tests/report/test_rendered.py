@@ -165,6 +165,7 @@ def test_the_theme_follows_the_system_and_the_button_and_is_kept(open_page: Any,
     light = seen()
     assert light[2] == light[3], "the legend has another colour than the line"
     page.emulate_media(color_scheme="dark")
+    page.wait_for_selector("html[data-theme=dark]")  # the browser tells the page at its next frame
     dark = seen()
     assert all(one != other for one, other in zip(light, dark, strict=True))
     assert sum(rgb(light[0])) > 700 and sum(rgb(dark[0])) < 120
@@ -176,6 +177,7 @@ def test_the_theme_follows_the_system_and_the_button_and_is_kept(open_page: Any,
     assert seen() == light, "the choice was not kept"
     page.get_by_role("button", name="Dark theme").click()
     page.emulate_media(color_scheme="light")
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert seen() == dark, "the choice gave way to the system"
 
 
