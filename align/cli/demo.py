@@ -14,6 +14,7 @@ build preference pairs from the gold preference, align the model by several meth
 _EXAMPLES = """examples:
   align demo
   align demo --seed 7 --methods dpo kto
+  align demo --world flipped --methods dpo rdpo cdpo
   align demo --world noisy --output runs/noisy
 """
 
@@ -22,8 +23,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument("--output", type=Path, help="folder to make; the default is the next free runs/demo-N")
     parser.add_argument("--seed", type=int, default=0, help="of model, data and training (0)")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="dpo, simpo, kto, dpo-lora (all)")
-    parser.add_argument("--world", default="style", help="style (the default), or noisy: annotators who err")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="recipes of the demo: any method's id, or dpo-lora (dpo simpo kto dpo-lora)",
+    )
+    parser.add_argument(
+        "--world", default="style", help="style (the default), or noisy, flipped, length_biased: annotators who err"
+    )
     parser.add_argument("--prompts", type=int, default=768, help="training prompts, a pair of answers each (768)")
     parser.add_argument("--json", action="store_true", help="print for machines")
 
@@ -32,13 +40,13 @@ def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     set_up_logging(quiet=True)
     from align.cli import demo_page
-    from align.cli.demo_steps import METHODS, Demo
+    from align.cli.demo_steps import METHODS, Demo, names
     from align.worlds import WORLDS
 
     world = WORLDS.get(options.world)()
     for name in options.methods or ():
-        if name not in METHODS:
-            raise ConfigError(f"the demo has no method `{name}`", mend=suggestion(name, METHODS))
+        if name not in names():
+            raise ConfigError(f"the demo has no method `{name}`", mend=suggestion(name, names()))
     if options.prompts < 2:
         raise ConfigError(f"--prompts is {options.prompts}", mend="use 2 or more")
     folder = options.output or next_free(Path("runs"))

@@ -131,7 +131,7 @@ def reward_name(options: argparse.Namespace) -> str:
 
         if options.world not in WORLDS.entries():
             raise WORLDS.unknown(options.world, "--world")
-        return f"align.worlds.{options.world}:gold_reward"
+        return str(WORLDS.get(options.world)().reward_name)
     return options.reward or ""
 
 

@@ -8,7 +8,9 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("aot", paper="2406.05882", view="pairs", needs={"ref_logp"}, coupling="batch")
+@method(
+    "aot", paper="2406.05882", view="pairs", needs={"ref_logp"}, coupling="batch", claim=("gold_reward", "up", "style")
+)
 class AOT(Method):
     """Alignment via Optimal Transport, paired: the policy's margins dominate the reference's as a distribution.
 

@@ -8,7 +8,14 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("aot_unpaired", paper="2406.05882", view="pairs", needs={"ref_logp"}, coupling="batch")
+@method(
+    "aot_unpaired",
+    paper="2406.05882",
+    view="pairs",
+    needs={"ref_logp"},
+    coupling="batch",
+    claim=("gold_reward", "up", "style"),
+)
 class UnpairedAOT(Method):
     """Alignment via Optimal Transport, unpaired: rewards of the chosen dominate those of the rejected, as two bags.
 

@@ -9,7 +9,7 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Pairs
 
 
-@method("apo_down", paper="2408.06266", view="pairs", needs={"ref_logp"})
+@method("apo_down", paper="2408.06266", view="pairs", needs={"ref_logp"}, claim=("chosen_logp", "down", "style"))
 class APODown(Method):
     """Anchored Preference Optimization, down: both responses down, the rejected one further; for data below the model.
 

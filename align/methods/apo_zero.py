@@ -9,7 +9,7 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Pairs
 
 
-@method("apo_zero", paper="2408.06266", view="pairs", needs={"ref_logp"})
+@method("apo_zero", paper="2408.06266", view="pairs", needs={"ref_logp"}, claim=("chosen_logp", "up", "style"))
 class APOZero(Method):
     """Anchored Preference Optimization, zero: the chosen response up, the rejected one down; for data above the model.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align.core.errors import AlignError, ConfigError, TrainingError
 from align.core.options import check_all, option
+from align.methods.claim import Claim
 from align.scoring.views import VIEWS, View
 
 __all__ = ["Method", "Term", "Terms", "Unit", "finish", "method", "option"]
@@ -99,6 +100,7 @@ class Method:
     view: ClassVar[str] = "pairs"
     needs: ClassVar[frozenset[str]] = frozenset()
     coupling: ClassVar[Coupling] = "unit"
+    claim: ClassVar[Claim | None] = None
     teacher: ClassVar[str] = ""
     """`previous_epoch`: the reference is the policy as it was when the epoch began, unless the run says otherwise."""
 
@@ -163,14 +165,19 @@ def method(
     paper: str = "",
     needs: Iterable[str] = (),
     coupling: Coupling = "unit",
+    claim: tuple[str, ...] = (),
 ) -> Callable[[type], type]:
-    """Declare a method: its id, paper, view, the columns it reads beyond `logp`, and whether units are coupled."""
+    """Declare a method: its id, paper, view, the columns it reads beyond `logp`, and whether units are coupled.
+
+    `claim` holds the fields of a `Claim`: the metric it is meant to move, up or down, the world, and against what.
+    """
     if view not in VIEWS:
         raise ConfigError(f"method `{id}`: unknown view `{view}`", mend="one of " + ", ".join(VIEWS))
 
     def declare(cls: type) -> type:
         cls.id, cls.paper, cls.view = id, paper, view  # type: ignore[attr-defined]
         cls.needs, cls.coupling = frozenset(needs), coupling  # type: ignore[attr-defined]
+        cls.claim = Claim(*claim) if claim else None  # type: ignore[arg-type, attr-defined]
         return dataclass(frozen=True, kw_only=True)(cls)
 
     return declare

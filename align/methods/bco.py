@@ -14,7 +14,14 @@ from align.scoring.views import Singles
 STATE = ("desirable_sum", "desirable_count", "undesirable_sum", "undesirable_count")
 
 
-@method("bco", paper="2404.04656", view="singles", needs={"ref_logp", "label"}, coupling="batch")
+@method(
+    "bco",
+    paper="2404.04656",
+    view="singles",
+    needs={"ref_logp", "label"},
+    coupling="batch",
+    claim=("gold_reward", "up", "style"),
+)
 class BCO(Method):
     """Binary Classifier Optimization: logistic classification of beta * h around a running centre.
 

@@ -16,7 +16,14 @@ FLOOR = 1e-3
 TINY = 1e-12
 
 
-@method("beta_dpo", paper="2407.08639", view="pairs", needs={"ref_logp", "key"}, coupling="batch")
+@method(
+    "beta_dpo",
+    paper="2407.08639",
+    view="pairs",
+    needs={"ref_logp", "key"},
+    coupling="batch",
+    claim=("gold_reward", "up", "noisy"),
+)
 class BetaDPO(Method):
     """DPO with a dynamic beta: one a batch, growing with the batch's margin, on pairs drawn near the usual margin.
 

@@ -14,7 +14,13 @@ from align.methods.stages import log_softmax_by, sum_by
 from align.scoring.views import Completions, Lists, wide
 
 
-@method("brain", paper="2402.02479", view="lists", needs={"ref_logp", "scores", "anchor.guide"})
+@method(
+    "brain",
+    paper="2402.02479",
+    view="lists",
+    needs={"ref_logp", "scores", "anchor.guide"},
+    claim=("gold_reward", "up", "style"),
+)
 class BRAIn(Method):
     """Bayesian Reward-conditioned Amortized Inference: the policy learns the posterior of a good answer.
 

@@ -7,7 +7,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("cal_dpo", paper="2412.14516", view="pairs", needs={"ref_logp"})
+@method("cal_dpo", paper="2412.14516", view="pairs", needs={"ref_logp"}, claim=("chosen_logp", "up", "style", "dpo"))
 class CalDPO(Method):
     """Calibrated DPO: a logistic loss, and squares that hold the log-ratios at +1/(2 beta) and -1/(2 beta).
 

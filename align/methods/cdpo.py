@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("cdpo", view="pairs", needs={"ref_logp"})
+@method("cdpo", view="pairs", needs={"ref_logp"}, claim=("margin", "down", "flipped", "dpo"))
 class ConservativeDPO(Method):
     """Conservative DPO: label smoothing of dpo, a finite target margin for labels that may be flipped.
 

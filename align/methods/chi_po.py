@@ -11,7 +11,7 @@ from align.methods.stages import capped_exp, logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("chi_po", paper="2407.13399", view="pairs", needs={"ref_logp"})
+@method("chi_po", paper="2407.13399", view="pairs", needs={"ref_logp"}, claim=("kl", "down", "style", "dpo"))
 class ChiPO(Method):
     """Chi-squared Preference Optimization: f-DPO with chi2 + KL and a clipped margin; pessimistic by itself.
 

@@ -12,7 +12,7 @@ from align.methods.stages import logistic, nll
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("cpl", paper="2310.13639", view="pairs", needs={"ref_logp", "step"})
+@method("cpl", paper="2310.13639", view="pairs", needs={"ref_logp", "step"}, claim=("gold_reward", "up", "style"))
 class CPL(Method):
     """Contrastive Preference Learning: preferences compare discounted sums of log-probs, the optimal advantages.
 

@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("cpo", paper="2401.08417", view="pairs")
+@method("cpo", paper="2401.08417", view="pairs", claim=("gold_reward", "up", "style"))
 class CPO(Method):
     """Contrastive Preference Optimization: dpo with a uniform reference, plus the likelihood of the chosen response.
 

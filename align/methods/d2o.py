@@ -10,7 +10,13 @@ from align.methods.stages import logistic, mean_by
 from align.scoring.views import Singles
 
 
-@method("d2o", paper="2403.03419", view="singles", needs={"ref_logp", "label", "samples"})
+@method(
+    "d2o",
+    paper="2403.03419",
+    view="singles",
+    needs={"ref_logp", "label", "samples"},
+    claim=("rejected_logp", "down", "style"),
+)
 class D2O(Method):
     """Distributional Dispreference Optimization: bad responses against the model's own samples, no good ones needed.
 

@@ -9,7 +9,13 @@ from align.methods.stages import logistic, nll, of_response
 from align.scoring.views import Pairs
 
 
-@method("demo_reg", paper="2310.17303", view="pairs", needs={"ref_logp", "baseline"})
+@method(
+    "demo_reg",
+    paper="2310.17303",
+    view="pairs",
+    needs={"ref_logp", "baseline"},
+    claim=("demo_logp", "up", "style", "dpo"),
+)
 class DemoReg(Method):
     """Demonstration-regularised learning: dpo with the behaviour-cloned policy as reference, and demonstrations kept.
 

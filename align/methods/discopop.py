@@ -10,7 +10,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("discopop", paper="2406.08414", view="pairs", needs={"ref_logp"})
+@method("discopop", paper="2406.08414", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class DiscoPOP(Method):
     """Discovered Preference Optimization: logistic at negative margins, exponential at positive ones.
 

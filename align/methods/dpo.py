@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("dpo", paper="2305.18290", view="pairs", needs={"ref_logp"})
+@method("dpo", paper="2305.18290", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class DPO(Method):
     """Direct Preference Optimization: Bradley-Terry on the implicit reward beta * h.
 

@@ -8,7 +8,7 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Pairs
 
 
-@method("dpo_hinge", paper="2309.06657", view="pairs", needs={"ref_logp"})
+@method("dpo_hinge", paper="2309.06657", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class HingeDPO(Method):
     """Hinge DPO: the implicit reward difference is raised until it reaches 1, and then left alone.
 

@@ -9,7 +9,9 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("dpo_norm", paper="2411.15124", view="pairs", needs={"ref_logp"})
+@method(
+    "dpo_norm", paper="2411.15124", view="pairs", needs={"ref_logp"}, claim=("length", "down", "length_biased", "dpo")
+)
 class LengthNormalisedDPO(Method):
     """Length-normalised DPO: the log-ratio of an average token in place of the sum, against verbosity.
 

@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("dpop", paper="2402.13228", view="pairs", needs={"ref_logp"})
+@method("dpop", paper="2402.13228", view="pairs", needs={"ref_logp"}, claim=("chosen_logp", "up", "style", "dpo"))
 class DPOP(Method):
     """DPO-Positive: a penalty inside the sigmoid where the chosen response falls below its reference likelihood.
 

@@ -8,7 +8,13 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Singles, wide
 
 
-@method("dro_v", paper="2405.19107", view="singles", needs={"ref_logp", "reward", "value"})
+@method(
+    "dro_v",
+    paper="2405.19107",
+    view="singles",
+    needs={"ref_logp", "reward", "value"},
+    claim=("gold_reward", "up", "style"),
+)
 class DROV(Method):
     """Direct Reward Optimisation with a value role: regression of a scalar reward, one response a prompt.
 

@@ -14,7 +14,7 @@ from align.scoring.views import Pairs
 LEAST = 1e-4
 
 
-@method("elr", paper="2007.00151", view="pairs", needs={"ref_logp", "key"})
+@method("elr", paper="2007.00151", view="pairs", needs={"ref_logp", "key"}, claim=("margin", "down", "flipped", "dpo"))
 class ELR(Method):
     """Early-learning regularisation of dpo: each pair is held near what the policy thought of it on average so far.
 

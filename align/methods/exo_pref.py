@@ -12,7 +12,7 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Completions, Pairs
 
 
-@method("exo_pref", paper="2402.00856", view="pairs", needs={"ref_logp"})
+@method("exo_pref", paper="2402.00856", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class EXOPref(Method):
     """Efficient Exact Optimization on pairs: reverse KL from the policy's two-point distribution to smoothed labels.
 

@@ -10,7 +10,7 @@ from align.methods.stages import log_softmax_by
 from align.scoring.views import Lists
 
 
-@method("exo_rw", paper="2402.00856", view="lists", needs={"ref_logp", "scores"})
+@method("exo_rw", paper="2402.00856", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style"))
 class EXORW(Method):
     """Efficient Exact Optimization on rewards: reverse KL from the policy to the optimal policy over K samples.
 

@@ -19,7 +19,7 @@ ALPHA = 0.5
 CAP = 80.0
 
 
-@method("f_dpo", paper="2309.16240", view="pairs", needs={"ref_logp"})
+@method("f_dpo", paper="2309.16240", view="pairs", needs={"ref_logp"}, claim=("entropy", "up", "style", "dpo"))
 class FDPO(Method):
     """DPO under another f-divergence: Bradley-Terry on beta * f'(u), u = pi / pi_ref = e^h.
 

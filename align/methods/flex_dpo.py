@@ -11,7 +11,7 @@ from align.methods.stages import logistic, nll
 from align.scoring.views import Completions, Pairs
 
 
-@method("flex_dpo", paper="2406.07327", view="pairs", needs={"ref_logp"})
+@method("flex_dpo", paper="2406.07327", view="pairs", needs={"ref_logp"}, claim=("chosen_logp", "up", "style", "dpo"))
 class FlexDPO(Method):
     """3D-properties: a smaller beta for the rejected response, and the chosen one's likelihood.
 

@@ -13,7 +13,7 @@ from align.methods.stages import logistic, mean_by, sum_by
 from align.scoring.views import Pairs
 
 
-@method("hypo", paper="2406.01462", view="pairs", needs={"ref_logp", "samples"})
+@method("hypo", paper="2406.01462", view="pairs", needs={"ref_logp", "samples"}, claim=("kl", "down", "style", "dpo"))
 class HyPO(Method):
     """Hybrid Preference Optimization: offline DPO plus an explicit reverse KL on the policy's own samples.
 

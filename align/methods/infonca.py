@@ -10,7 +10,7 @@ from align.methods.stages import log_softmax_by, sum_by
 from align.scoring.views import Lists
 
 
-@method("infonca", paper="2402.05369", view="lists", needs={"ref_logp", "scores"})
+@method("infonca", paper="2402.05369", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style"))
 class InfoNCA(Method):
     """InfoNCA: cross-entropy of the policy's shares of a list to those of the rewards; dpo for explicit rewards.
 

@@ -10,7 +10,7 @@ from align.methods.base import Method, method, option
 from align.scoring.views import Pairs
 
 
-@method("ipo", paper="2310.12036", view="pairs", needs={"ref_logp"})
+@method("ipo", paper="2310.12036", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class IPO(Method):
     """Identity Preference Optimization: regression of the margin on a finite target.
 

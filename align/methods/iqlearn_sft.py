@@ -9,7 +9,13 @@ from align.methods.base import Method, Term, Unit, method, option
 from align.scoring.views import Completions, Demonstrations, wide
 
 
-@method("iqlearn_sft", paper="2409.01369", view="demonstrations", needs={"logit", "logsumexp"})
+@method(
+    "iqlearn_sft",
+    paper="2409.01369",
+    view="demonstrations",
+    needs={"logit", "logsumexp"},
+    claim=("entropy", "up", "style", "sft"),
+)
 class IQLearnSFT(Method):
     """Maximum likelihood, and the square of the reward that the logits mean as soft Q-values.
 

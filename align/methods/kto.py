@@ -16,6 +16,7 @@ from align.scoring.views import Singles
     view="singles",
     needs={"ref_logp", "label", "mismatched"},
     coupling="batch",
+    claim=("gold_reward", "up", "style"),
 )
 class KTO(Method):
     """Kahneman-Tversky Optimization: a saturating value of each labelled response around a KL reference point.

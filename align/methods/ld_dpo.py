@@ -10,7 +10,9 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("ld_dpo", paper="2409.06411", view="pairs", needs={"ref_logp"})
+@method(
+    "ld_dpo", paper="2409.06411", view="pairs", needs={"ref_logp"}, claim=("length", "down", "length_biased", "dpo")
+)
 class LDDPO(Method):
     """Length-desensitised DPO: tokens beyond the shorter response's length count less.
 

@@ -12,7 +12,7 @@ from align.methods.stages import logistic, ordered_pairs
 from align.scoring.views import Lists
 
 
-@method("lipo", paper="2402.01878", view="lists", needs={"ref_logp", "scores"})
+@method("lipo", paper="2402.01878", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style"))
 class LiPO(Method):
     """Listwise Preference Optimization with the pairwise logistic ranking loss.
 

@@ -13,7 +13,9 @@ from align.methods.stages import logistic, ordered_pairs
 from align.scoring.views import Lists
 
 
-@method("lipo_lambda", paper="2402.01878", view="lists", needs={"ref_logp", "scores"})
+@method(
+    "lipo_lambda", paper="2402.01878", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style")
+)
 class LiPOLambda(Method):
     """Listwise Preference Optimization with LambdaLoss weights: a pair counts by the change of DCG of swapping it.
 

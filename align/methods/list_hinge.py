@@ -12,7 +12,9 @@ from align.methods.stages import ordered_pairs
 from align.scoring.views import Lists
 
 
-@method("list_hinge", paper="2402.01878", view="lists", needs={"ref_logp", "scores"})
+@method(
+    "list_hinge", paper="2402.01878", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style")
+)
 class ListHinge(Method):
     """The pairwise hinge ranking loss on lists (SLiC's loss on all ordered pairs).
 

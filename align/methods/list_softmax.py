@@ -11,7 +11,9 @@ from align.methods.stages import log_softmax_by, sum_by
 from align.scoring.views import Lists
 
 
-@method("list_softmax", paper="2402.01878", view="lists", needs={"ref_logp", "scores"})
+@method(
+    "list_softmax", paper="2402.01878", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style")
+)
 class ListSoftmax(Method):
     """The softmax cross-entropy ranking loss: one classification over the list, weighted by the scores.
 

@@ -10,7 +10,7 @@ from align.methods.stages import logistic, sum_by
 from align.scoring.views import Pairs
 
 
-@method("mapl", paper="2505.12845", view="pairs", needs={"ref_logp", "contrasts"})
+@method("mapl", paper="2505.12845", view="pairs", needs={"ref_logp", "contrasts"}, claim=("gold_reward", "up", "style"))
 class MAPL(Method):
     """Multi-Level Aware Preference Learning: dpo, and preferences between prompts for fixed answers.
 

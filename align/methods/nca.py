@@ -12,7 +12,7 @@ from align.methods.stages import log_softmax_by, sum_by
 from align.scoring.views import Lists
 
 
-@method("nca", paper="2402.05369", view="lists", needs={"ref_logp", "scores"})
+@method("nca", paper="2402.05369", view="lists", needs={"ref_logp", "scores"}, claim=("chosen_logp", "up", "style"))
 class NCA(Method):
     """Noise contrastive alignment: each response is told from noise by itself, so the chosen one does not fall.
 

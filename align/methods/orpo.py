@@ -7,7 +7,7 @@ from align.methods.stages import log_odds, logistic, nll
 from align.scoring.views import Pairs
 
 
-@method("orpo", paper="2403.07691", view="pairs")
+@method("orpo", paper="2403.07691", view="pairs", claim=("gold_reward", "up", "style"))
 class ORPO(Method):
     """Odds-Ratio Preference Optimization: SFT on the chosen response plus an odds-ratio penalty, no reference.
 

@@ -13,7 +13,7 @@ from align.methods.stages import sum_by
 from align.scoring.views import Lists
 
 
-@method("pl_dpo", paper="2305.18290", view="lists", needs={"ref_logp", "scores"})
+@method("pl_dpo", paper="2305.18290", view="lists", needs={"ref_logp", "scores"}, claim=("gold_reward", "up", "style"))
 class PLDPO(Method):
     """DPO for a full order: the Plackett-Luce likelihood of the list's ranking.
 

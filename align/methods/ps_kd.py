@@ -11,7 +11,9 @@ from align.methods.base import Method, Term, Unit, method, option
 from align.scoring.views import Demonstrations, wide
 
 
-@method("ps_kd", paper="2006.12000", view="demonstrations", needs={"cross_entropy"})
+@method(
+    "ps_kd", paper="2006.12000", view="demonstrations", needs={"cross_entropy"}, claim=("entropy", "up", "style", "sft")
+)
 class PSKD(Method):
     """SFT whose targets are mixed, more with every epoch, with what the policy predicted an epoch ago.
 

@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("r_dpo", paper="2403.19159", view="pairs", needs={"ref_logp"})
+@method("r_dpo", paper="2403.19159", view="pairs", needs={"ref_logp"}, claim=("length", "down", "length_biased", "dpo"))
 class RegularisedDPO(Method):
     """Length-regularised DPO: part of each preference is put down to length, so that the policy need not grow longer.
 

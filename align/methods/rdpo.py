@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("rdpo", paper="2403.00409", view="pairs", needs={"ref_logp"})
+@method("rdpo", paper="2403.00409", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "flipped", "dpo"))
 class RobustDPO(Method):
     """Provably robust DPO: an unbiased estimate of dpo's loss under symmetric flips of a known rate.
 

@@ -12,7 +12,13 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("regret_pref", paper="2206.02231", view="pairs", needs={"ref_logp", "token_reward", "value"})
+@method(
+    "regret_pref",
+    paper="2206.02231",
+    view="pairs",
+    needs={"ref_logp", "token_reward", "value"},
+    claim=("gold_reward", "up", "style"),
+)
 class RegretPref(Method):
     """People prefer the segment with less regret: the larger sum of advantages, not of rewards.
 

@@ -17,7 +17,7 @@ FLOOR = 0.05
 CEILING = 1.0
 
 
-@method("robust_bt", view="pairs", needs={"ref_logp", "probability", "ties"})
+@method("robust_bt", view="pairs", needs={"ref_logp", "probability", "ties"}, claim=("gold_reward", "up", "noisy"))
 class RobustBT(Method):
     """Bradley-Terry with a confidence per pair, c = P(label correct): votes, agreement of judges, an ensemble.
 

@@ -11,7 +11,13 @@ from align.methods.stages import RESPONSE_COLUMNS, logistic, nll, of_response
 from align.scoring.views import Completions, Pairs
 
 
-@method("rpo", paper="2405.16436", view="pairs", needs={"ref_logp", "baseline", "samples"})
+@method(
+    "rpo",
+    paper="2405.16436",
+    view="pairs",
+    needs={"ref_logp", "baseline", "samples"},
+    claim=("chosen_logp", "up", "style", "dpo"),
+)
 class RPO(Method):
     """Regularized Preference Optimization: DPO plus SFT on a baseline response, from pessimism about the reward.
 

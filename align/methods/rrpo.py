@@ -9,7 +9,13 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("rrpo", paper="2504.12083", view="pairs", needs={"ref_logp", "kl_ref_policy", "marked"})
+@method(
+    "rrpo",
+    paper="2504.12083",
+    view="pairs",
+    needs={"ref_logp", "kl_ref_policy", "marked"},
+    claim=("kl", "down", "style", "dpo"),
+)
 class RRPO(Method):
     """Refined Regularized Preference Optimization: a margin of the differing segments, and a token-wise KL.
 

@@ -10,7 +10,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("seppo", paper="2410.05255", view="pairs", needs={"ref_logp"})
+@method("seppo", paper="2410.05255", view="pairs", needs={"ref_logp"}, claim=("demo_logp", "up", "style"))
 class SePPO(Method):
     """Semi-Policy Preference Optimization: SPIN with a random earlier checkpoint, whose sample may be a second winner.
 

@@ -12,7 +12,7 @@ from align.methods.stages import nll
 from align.scoring.views import Demonstrations, wide
 
 
-@method("sft", view="demonstrations")
+@method("sft", view="demonstrations", claim=("gold_reward", "up", "style"))
 class SFT(Method):
     """Maximum likelihood on demonstrations, prompts unscored.
 

@@ -22,7 +22,7 @@ FLOORS = {"rkl": -20.0, "hellinger": -0.9, "js": -0.6}
 """Least r: e^20 is no weight for a token, and two functions have poles at -1 and at -log 2."""
 
 
-@method("sft_fdiv", paper="2507.00018", view="demonstrations", needs={"ref_logp"})
+@method("sft_fdiv", paper="2507.00018", view="demonstrations", needs={"ref_logp"}, claim=("kl", "down", "style", "sft"))
 class SFTFDiv(Method):
     """SFT as implicit-reward learning: another divergence than total variation keeps the KL to the start in the loss.
 

@@ -7,7 +7,7 @@ from align.methods.stages import logistic, nll
 from align.scoring.views import Pairs
 
 
-@method("simpo", paper="2405.14734", view="pairs")
+@method("simpo", paper="2405.14734", view="pairs", claim=("length", "down", "length_biased", "dpo"))
 class SimPO(Method):
     """Simple Preference Optimization: a reference-free, length-normalised reward and a target margin.
 

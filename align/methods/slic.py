@@ -11,7 +11,7 @@ from align.methods.stages import RESPONSE_COLUMNS, nll, of_response
 from align.scoring.views import Completions, Pairs
 
 
-@method("slic", paper="2305.10425", view="pairs", needs={"baseline"})
+@method("slic", paper="2305.10425", view="pairs", needs={"baseline"}, claim=("gold_reward", "up", "style"))
 class SLiC(Method):
     """Sequence likelihood calibration: a hinge on the policy's own log-likelihoods, plus an SFT term; no reference.
 

@@ -12,7 +12,13 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("smpo", paper="2506.02698", view="pairs", needs={"ref_logp", "probability", "margin", "ties"})
+@method(
+    "smpo",
+    paper="2506.02698",
+    view="pairs",
+    needs={"ref_logp", "probability", "margin", "ties"},
+    claim=("margin", "down", "noisy", "dpo"),
+)
 class SmPO(Method):
     """Smoothed Preference Optimization: the margin is scaled by 2p - 1, so that near-ties give no gradient.
 

@@ -12,7 +12,13 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("soft_dpo", paper="2409.06691", view="pairs", needs={"ref_logp", "probability", "margin", "ties"})
+@method(
+    "soft_dpo",
+    paper="2409.06691",
+    view="pairs",
+    needs={"ref_logp", "probability", "margin", "ties"},
+    claim=("margin", "down", "noisy", "dpo"),
+)
 class SoftDPO(Method):
     """DPO with soft labels: the cross-entropy to a probability p that the chosen response is the better one.
 

@@ -12,7 +12,7 @@ from align.methods.stages import logistic, mean_by
 from align.scoring.views import Completions, Pairs
 
 
-@method("spac", paper="2406.04274", view="pairs", needs={"ref_logp", "samples"})
+@method("spac", paper="2406.04274", view="pairs", needs={"ref_logp", "samples"}, claim=("gold_reward", "up", "style"))
 class SPAC(Method):
     """Self-Play with Adversarial Critic (experimental): DPO against the last iterate, pessimistic about own samples.
 

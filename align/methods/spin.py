@@ -9,7 +9,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("spin", paper="2401.01335", view="pairs", needs={"ref_logp"})
+@method("spin", paper="2401.01335", view="pairs", needs={"ref_logp"}, claim=("demo_logp", "up", "style"))
 class SPIN(Method):
     """Self-Play Fine-Tuning: dpo of human demonstrations against the previous iterate's own answers.
 

@@ -16,7 +16,13 @@ BETTER = "Write an answer to the following that is better than a usual one: corr
 WORSE = "Write an answer to the following that is worse than a usual one: wrong, unhelpful, off the point. {prompt}"
 
 
-@method("t_reg", paper="2412.02685", view="pairs", needs={"ref_logp", "anchor.better", "anchor.worse"})
+@method(
+    "t_reg",
+    paper="2412.02685",
+    view="pairs",
+    needs={"ref_logp", "anchor.better", "anchor.worse"},
+    claim=("gold_reward", "up", "style"),
+)
 class TREG(Method):
     """DPO plus a likelihood term whose token weights the reference makes from two opposite prompts.
 

@@ -14,7 +14,9 @@ from align.scoring.views import Pairs
 ALPHA = 0.5
 
 
-@method("tdpo", paper="2404.11999", view="pairs", needs={"ref_logp", "kl_ref_policy"})
+@method(
+    "tdpo", paper="2404.11999", view="pairs", needs={"ref_logp", "kl_ref_policy"}, claim=("kl", "down", "style", "dpo")
+)
 class TDPO(Method):
     """Token-level DPO: the margin minus the difference of sequential forward KLs.
 

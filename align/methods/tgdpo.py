@@ -10,7 +10,9 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("tgdpo", paper="2506.14574", view="pairs", needs={"ref_logp", "anchor.guide"})
+@method(
+    "tgdpo", paper="2506.14574", view="pairs", needs={"ref_logp", "anchor.guide"}, claim=("gold_reward", "up", "style")
+)
 class TGDPO(Method):
     """DPO with a beta of its own for every token, from the token rewards of a policy that was trained before.
 

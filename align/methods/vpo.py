@@ -11,7 +11,13 @@ from align.methods.stages import RESPONSE_COLUMNS, logistic, of_response
 from align.scoring.views import Completions, Pairs
 
 
-@method("vpo", paper="2405.19320", view="pairs", needs={"ref_logp", "baseline", "samples"})
+@method(
+    "vpo",
+    paper="2405.19320",
+    view="pairs",
+    needs={"ref_logp", "baseline", "samples"},
+    claim=("chosen_logp", "up", "style", "dpo"),
+)
 class VPO(Method):
     """Value-Incentivized Preference Optimization: the reward's likelihood with its own optimal value as regulariser.
 

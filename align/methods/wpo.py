@@ -14,7 +14,13 @@ from align.scoring.views import Completions, Pairs, wide
 PEAKS = {"sampled": "log_sum_sq", "greedy": "log_max"}
 
 
-@method("wpo", paper="2406.11827", view="pairs", needs={"ref_logp", "log_sum_sq", "log_max"})
+@method(
+    "wpo",
+    paper="2406.11827",
+    view="pairs",
+    needs={"ref_logp", "log_sum_sq", "log_max"},
+    claim=("gold_reward", "up", "style"),
+)
 class WPO(Method):
     """Weighted Preference Optimization: dpo's loss of a pair times how likely the policy is to write the pair.
 

@@ -74,7 +74,9 @@ def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
     if recipe.train.lr_scheduler_type == "constant":
         found["train.warmup_steps"] = "`constant` has no warm-up; `constant_with_warmup` has"
     if not recipe.data.eval:
-        found |= dict.fromkeys(("eval.every", "eval.best", "eval.patience"), "there is no `data.eval`")
+        # `eval.every: null` says the same once more, and is how a recipe that extends one with an evaluation drops it.
+        every = ("eval.every",) if recipe.eval.every is not None else ()
+        found |= dict.fromkeys((*every, "eval.best", "eval.patience"), "there is no `data.eval`")
     elif recipe.eval.every is None:
         found |= dict.fromkeys(("data.eval", "eval.best"), "`eval.every` is null")
     if recipe.eval.best is None:

@@ -74,9 +74,22 @@ class World(ABC):
     def vocabulary(self) -> tuple[str, ...]:
         """All words of prompts and answers, each once."""
 
+    def near(self, prompt: str) -> list[str]:
+        """Prompts that make as many demands as this one and differ in one of them; none unless a world says so."""
+        return []
+
+    @property
+    def reward_name(self) -> str:
+        """The gold reward as a reward function, in the form that recipes and `align evaluate` take."""
+        return f"{type(self).__module__}:gold_reward"
+
     def compare(self, prompt: str, first: str, second: str, seed: int, row: int) -> Preferred:
         """What the annotator of row `row` prefers. Here: what the gold reward says, always."""
         return Preferred(_order(self.reward(prompt, first), self.reward(prompt, second)), "gold")
+
+    def speaks(self) -> World:
+        """The world whose starting model this one shares: itself, unless it differs from another in annotators only."""
+        return self
 
     def prompts(self, count: int, split: Split = "train", seed: int = 0) -> list[str]:
         """`count` distinct prompts; those of `held_out` are in no training split, under any seed.

@@ -1,12 +1,14 @@
-"""World `noisy`: `style`, compared by annotators who flip labels, who prefer length, and who come in groups."""
+"""Worlds of faulty annotators: `style`, compared by people who flip labels, who prefer length, and who come in groups.
+
+`noisy` has all of them; `flipped` and `length_biased` have one fault each.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from align.core.options import option
-from align.core.seeds import generator
-from align.worlds.base import Preferred, world
+from align.worlds.base import world
 from align.worlds.style import Style
 
 
@@ -18,23 +20,23 @@ class Noisy(Style):
     careful: int = option(4, at_least=0, doc="annotators who follow the gold reward")
     hasty: int = option(4, at_least=0, doc="annotators who say the opposite with chance `flip`")
     lengthy: int = option(2, at_least=0, doc="annotators who prefer the answer of more words")
-    flip: float = option(0.3, at_least=0, below=1, doc="chance that a hasty annotator says the opposite")
 
-    def compare(self, prompt: str, first: str, second: str, seed: int, row: int) -> Preferred:
-        rng = generator(seed, "annotator", self.id, row)
-        groups = ("careful",) * self.careful + ("hasty",) * self.hasty + ("lengthy",) * self.lengthy
-        truth = super().compare(prompt, first, second, seed, row).first
-        if not groups:
-            return Preferred(truth, "gold")
-        number = int(rng.integers(len(groups)))
-        annotator = f"{groups[number]}-{number}"
-        said = truth
-        if groups[number] == "lengthy":
-            more = len(first.split()) - len(second.split())
-            said = None if more == 0 else more > 0
-        elif groups[number] == "hasty" and truth is not None and rng.random() < self.flip:
-            said = not truth
-        return Preferred(said, annotator, said is not None and truth is not None and said != truth)
+
+@world("flipped")
+@dataclass(frozen=True, kw_only=True)
+class Flipped(Style):
+    """`style` with hasty annotators only: three labels in ten are the opposite of the gold preference."""
+
+    hasty: int = option(4, at_least=0, doc="annotators who say the opposite with chance `flip`")
+
+
+@world("length_biased")
+@dataclass(frozen=True, kw_only=True)
+class LengthBiased(Style):
+    """`style` where half of the annotators follow the gold reward, and half prefer the answer of more words."""
+
+    careful: int = option(4, at_least=0, doc="annotators who follow the gold reward")
+    lengthy: int = option(4, at_least=0, doc="annotators who prefer the answer of more words")
 
 
 def gold_reward(prompts: list, completions: list, **columns: object) -> list[float]:

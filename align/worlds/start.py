@@ -59,6 +59,7 @@ def starting_model(
         watch: called with the trainer before it trains.
     """
     start = start or Start()
+    world = world.speaks()
     key = digest([_FORMAT, world.fingerprint(), dataclasses.asdict(start), CHAT_TEMPLATE, list(SPECIAL)])[:20]
     folder = cache_folder(cache) / f"{world.id}-{key}"
     if folder.is_dir():

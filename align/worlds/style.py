@@ -25,7 +25,8 @@ import numpy as np
 
 from align.core.errors import ConfigError, DataError
 from align.core.options import option
-from align.worlds.base import World, last_content, world
+from align.core.seeds import generator
+from align.worlds.base import Preferred, World, last_content, world
 
 TONES = {
     "warm": ("dear", "kind", "gentle", "sunny", "tender", "cosy", "loving", "sweet"),
@@ -61,6 +62,10 @@ class Style(World):
     least_nouns: int = option(2, at_least=1, at_most=8, doc="nouns a prompt names, at least")
     most_nouns: int = option(4, at_least=1, at_most=8, doc="nouns a prompt names, at most")
     right_tone: float = option(0.5, at_least=0, at_most=1, doc="chance that a demonstrated sentence has the asked tone")
+    careful: int = option(0, at_least=0, doc="annotators who follow the gold reward")
+    hasty: int = option(0, at_least=0, doc="annotators who say the opposite with chance `flip`")
+    lengthy: int = option(0, at_least=0, doc="annotators who prefer the answer of more words")
+    flip: float = option(0.3, at_least=0, below=1, doc="chance that a hasty annotator says the opposite")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +95,11 @@ class Style(World):
             words += ["and", str(rng.choice(TONES[kept]))]
         return [*words, "."]
 
+    def near(self, prompt: str) -> list[str]:
+        """The same note in each other tone."""
+        tone, _ = asked(prompt)
+        return [prompt.replace(f" {tone} ", f" {other} ", 1) for other in TONES if other != tone]
+
     def reward(self, prompt: str, completion: str) -> float:
         tone, nouns = asked(prompt)
         best = dict.fromkeys(nouns, 0.0)
@@ -107,6 +117,28 @@ class Style(World):
         quality = sum(best.values()) / len(nouns)
         excess = max(0.0, len(completion.split()) / (WORDS * len(nouns)) - 1)
         return quality - LENGTH_COST * excess - FORM_COST * broken / len(sentences)
+
+    def compare(self, prompt: str, first: str, second: str, seed: int, row: int) -> Preferred:
+        """What one of the annotators says; without any, the gold reward itself."""
+        gold = super().compare(prompt, first, second, seed, row)
+        groups = ("careful",) * self.careful + ("hasty",) * self.hasty + ("lengthy",) * self.lengthy
+        if not groups:
+            return gold
+        rng = generator(seed, "annotator", self.id, row)
+        truth = gold.first
+        number = int(rng.integers(len(groups)))
+        annotator = f"{groups[number]}-{number}"
+        said = truth
+        if groups[number] == "lengthy":
+            more = len(first.split()) - len(second.split())
+            said = None if more == 0 else more > 0
+        elif groups[number] == "hasty" and truth is not None and rng.random() < self.flip:
+            said = not truth
+        return Preferred(said, annotator, said is not None and truth is not None and said != truth)
+
+    def speaks(self) -> World:
+        """Annotators demonstrate nothing: whoever they are, the starting model is that of the same style."""
+        return Style(least_nouns=self.least_nouns, most_nouns=self.most_nouns, right_tone=self.right_tone)
 
     def vocabulary(self) -> tuple[str, ...]:
         words = ("write", "a", "note", "about", "the", "and", ",", ".")
