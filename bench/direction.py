@@ -104,8 +104,8 @@ class Seed:
         demo, made, held = self.world(job.world)
         if job.recipe == START:
             return {"metrics": measure(made.model, made.model, held)}
-        name = job.key.replace(" ", ",").replace("/", "_").replace("=", "-")
-        overrides = [*job.overrides, "eval.every=null", "data.eval=null", f"train.output_dir={demo.folder / name}"]
+        name = job.key.replace(" ", ",").replace("/", "_").replace("=", "-") + (",curve" if curve else "")
+        overrides = [*job.overrides, "data.eval=null", f"train.output_dir={demo.folder / name}"]
         overrides += ["train.save_steps=0.25", "train.save_total_limit=null"] if curve else ["train.save_steps=100000"]
         if job.data:
             files = [demo.file(made, kind, "train") for kind in kinds(job.data)]
@@ -158,7 +158,7 @@ def run(number: int, out: Path, only: Sequence[str]) -> None:
         ours, theirs = jobs_of(method)
         claim = METHODS.get(method).claim
         other = seed.run(theirs)["metrics"]
-        mine = seed.run(ours, curve=claim.metric if number in (SEEDS[0], 100) else "")["metrics"]
+        mine = seed.run(ours, curve=claim.metric if number == SEEDS[0] else "")["metrics"]
         moved = ", ".join(f"{name} {other[name]:.3g} -> {mine[name]:.3g}" for name in METRICS)
         print(f"seed {number} {method} ({claim}) {time.monotonic() - began:.0f} s: {moved}", flush=True)
     for name in reports:

@@ -39,19 +39,19 @@ class Held:
     shown: Sequences
 
 
-def measured_on(demo: Any, made: Any) -> Held:
+def measured_on(demo: Any, made: Any, answers: int = ANSWERS) -> Held:
     """The held-out material of a demo: its pairs' prompts give pairs and demonstrations, other prompts are answered."""
     world, seed = demo.world.speaks(), demo.seed
     encode = load_side(str(made.model), "float32", "cpu").tokenizer
-    asked, answers = made.answers["held_out"]
-    rows, _ = world.pairs(asked, answers, seed)
+    asked, own = made.answers["held_out"]
+    rows, _ = world.pairs(asked, own, seed)
     pairs = [(last_content(row["prompt"]), last_content(row["chosen"]), last_content(row["rejected"])) for row in rows]
     shown = [(prompt, world.demonstrate(prompt, generator(seed, "held_out", prompt))) for prompt in asked]
     count = len(asked)
     return Held(
         world=world,
         seed=seed,
-        prompts=demo.world.prompts(count + ANSWERS, "held_out", seed)[count:],
+        prompts=demo.world.prompts(count + answers, "held_out", seed)[count:],
         better=_ids(encode, [(prompt, chosen) for prompt, chosen, _ in pairs]),
         worse=_ids(encode, [(prompt, rejected) for prompt, _, rejected in pairs]),
         shown=_ids(encode, shown),

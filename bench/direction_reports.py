@@ -13,6 +13,8 @@ from align.evaluate.intervals import mean_interval
 Metrics = Mapping[str, float]
 BETAS = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the leash at which two divergences are compared."""
+RATES = (7.5e-5, 1.5e-4, 2.5e-4)
+"""Learning rates, by which two methods go different ways from the start, to be compared at equal ways."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ def _one(world: str, recipe: str, data: str = "", *overrides: str) -> tuple[tupl
 
 def _betas(world: str, recipe: str, *overrides: str) -> tuple[tuple[Any, ...], ...]:
     return tuple((world, recipe, "", (f"method.beta={beta}", *overrides)) for beta in BETAS)
+
+
+def _rates(world: str, recipe: str) -> tuple[tuple[Any, ...], ...]:
+    return tuple((world, recipe, "", (f"train.learning_rate={rate:g}",)) for rate in RATES)
 
 
 _LONG = _one("length_biased", "dpo")
@@ -74,6 +80,20 @@ REPORTS = {
         "length",
         _one("length_biased", "dpo_norm"),
         _LONG,
+    ),
+    "length at equal KL: simpo": Report(
+        "the same where both have moved as far from the starting model",
+        "length",
+        _rates("length_biased", "simpo"),
+        _rates("length_biased", "dpo"),
+        at_equal="kl",
+    ),
+    "length at equal KL: dpo_norm": Report(
+        "the same where both have moved as far from the starting model",
+        "length",
+        _rates("length_biased", "dpo_norm"),
+        _rates("length_biased", "dpo"),
+        at_equal="kl",
     ),
     "unbalanced: kto": Report(
         "kto on few desirable and many undesirable answers beats imitation of the desirable ones (2402.01306)",

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_side import SHAPES, Shape
+from bench.gpu_side import SHAPES
 from bench.machine import provenance
-from bench.models import Shape as Sizes
+from bench.models import Shape
 from bench.offline import MAX_LENGTH, RESULTS
 
 KINDS = ("hh", "ultrafeedback")
@@ -171,7 +171,7 @@ def _summary(case: Case, runs: list[Any], facts: Any, options: argparse.Namespac
     }
 
 
-def flops_per_pair(shape: Shape | Sizes, data: dict[str, float], passes: float = PASSES) -> float:
+def flops_per_pair(shape: Shape, data: dict[str, float], passes: float = PASSES) -> float:
     """Floating-point operations that one pair of mean lengths needs in a step of so many forward-sized passes."""
     prompt, responses = data["mean_prompt_tokens"], data["mean_chosen_tokens"] + data["mean_rejected_tokens"]
     attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)

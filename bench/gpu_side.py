@@ -7,35 +7,24 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import shared
 from bench.data import hh_rows, ultrafeedback_like, write_jsonl
-from bench.models import SPECIAL, bpe_tokenizer, word_tokenizer
+from bench.models import SPECIAL, Shape, bpe_tokenizer, random_model, word_tokenizer
 
 Setting = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen3 of these sizes; input and output embeddings are one matrix, as in the small models of that family."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int = 151_936
-
-
+VOCABULARY = 151_936
 SHAPES: dict[str, Shape] = {
-    "tiny": Shape(64, 2, 4, 2, 16, 128),
-    "0.5b": Shape(896, 24, 14, 2, 64, 4864),
-    "3b": Shape(2048, 36, 16, 2, 128, 11008),
+    "tiny": Shape(VOCABULARY, 64, 2, 4, 2, 16, 128),
+    "0.5b": Shape(VOCABULARY, 896, 24, 14, 2, 64, 4864),
+    "3b": Shape(VOCABULARY, 2048, 36, 16, 2, 128, 11008),
 }
+"""Input and output embeddings are one matrix, as in the small models of the Qwen3 family."""
 
 
 def main() -> None:
@@ -50,13 +39,12 @@ def prepare(kind: str, folder: Path, count: int, max_length: int) -> None:
     """Write `rows.jsonl`, a tokenizer and `facts.json` (lengths with the end token)."""
     from bench.prepare import _select
 
-    vocabulary = SHAPES["0.5b"].vocabulary
     if kind == "hh":
         rows = hh_rows()
-        tokenizer = bpe_tokenizer(rows, vocabulary)
+        tokenizer = bpe_tokenizer(rows, VOCABULARY)
     else:
-        rows = ultrafeedback_like(vocabulary - len(SPECIAL), count)
-        tokenizer = word_tokenizer(vocabulary)
+        rows = ultrafeedback_like(VOCABULARY - len(SPECIAL), count)
+        tokenizer = word_tokenizer(VOCABULARY)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     kept, facts = _select(rows, folder, count, max_length)
@@ -84,26 +72,9 @@ def measure(settings: list[Setting], results: Path) -> None:
 def model_of(size: str, device: str) -> Any:
     """The same random weights for every trainer."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape = SHAPES[size]
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
     with torch.device(device):
-        return Qwen3ForCausalLM(config)
+        return random_model(SHAPES[size], tied=True)
 
 
 def _measured(setting: Setting) -> dict[str, Any]:
@@ -195,23 +166,11 @@ def _first_step(setting: Setting) -> int:
 
 
 def _shared(setting: Setting) -> dict[str, Any]:
-    """Arguments that both trainers inherit from `transformers.TrainingArguments`."""
+    steps = _first_step(setting) + setting["windows"] * setting["steps"]
     return {
-        "output_dir": setting["output"],
-        "max_length": setting["max_length"],
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "optim": "adamw_torch_fused",
-        "max_grad_norm": 1.0,
-        "max_steps": _first_step(setting) + setting["windows"] * setting["steps"],
+        **shared(setting["output"], setting["max_length"], 1e-6, steps, "adamw_torch_fused"),
         "gradient_checkpointing": setting["checkpointing"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if setting["checkpointing"] else None,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": 0,
     }
 
 

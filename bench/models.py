@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from bench.data import Kind, Row, word
 
-Size = Literal["7m", "59m", "0.8b", "2b"]
+Size = Literal["7m", "59m"]
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 of these sizes; input and output embeddings are apart."""
+    """A Qwen3 of these sizes."""
 
     vocabulary: int
     hidden: int
@@ -28,35 +28,14 @@ class Shape:
 SHAPES: dict[Size, Shape] = {
     "7m": Shape(vocabulary=8192, hidden=256, layers=4, heads=4, kv_heads=4, head_dim=64, intermediate=640),
     "59m": Shape(vocabulary=32768, hidden=512, layers=8, heads=8, kv_heads=8, head_dim=64, intermediate=1408),
-    "0.8b": Shape(vocabulary=151936, hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, intermediate=3072),
-    "2b": Shape(vocabulary=151936, hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, intermediate=6144),
 }
 
 
 def build(size: Size, kind: Kind, rows: list[Row], folder: Path) -> dict[str, Any]:
-    """Save model and tokenizer to `folder`; return what they are."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """Save model and tokenizer to `folder`; return what they are. Input and output embeddings are apart."""
     shape = SHAPES[size]
     tokenizer = bpe_tokenizer(rows, shape.vocabulary) if kind == "hh" else word_tokenizer(shape.vocabulary)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            intermediate_size=shape.intermediate,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    model = random_model(shape, tied=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
@@ -66,6 +45,29 @@ def build(size: Size, kind: Kind, rows: list[Row], folder: Path) -> dict[str, An
         "tokenizer": "byte-level BPE trained on the rows" if kind == "hh" else "one word, one token",
         "tokenizer_vocabulary": len(tokenizer),
     }
+
+
+def random_model(shape: Shape, tied: bool) -> Any:
+    """The same random weights in every process, on torch's current device."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config)
 
 
 def bpe_tokenizer(rows: list[Row], vocabulary: int) -> Any:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import shared
+
 Setting = dict[str, Any]
 
 
@@ -43,7 +45,6 @@ def trl_trainer(setting: Setting, clock: Any) -> Any:
         beta=setting["beta"],
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=setting["reference"] == "cached",
-        disable_tqdm=True,
         **_shared(setting),
     )
     return DPOTrainer(
@@ -69,7 +70,6 @@ def our_trainer(setting: Setting, clock: Any) -> Any:
         reference=setting["reference"],
         reference_cache=setting["cache"] if setting["reference"] == "cached" else None,
         resume="never",
-        disable_tqdm=True,
         **_shared(setting),
     )
     trainer = PreferenceTrainer(
@@ -83,20 +83,9 @@ def our_trainer(setting: Setting, clock: Any) -> Any:
 
 
 def _shared(setting: Setting) -> dict[str, Any]:
-    """Arguments that both trainers inherit from `transformers.TrainingArguments`."""
+    names = ("output", "max_length", "learning_rate", "steps")
     return {
-        "output_dir": setting["output"],
-        "max_length": setting["max_length"],
-        "learning_rate": setting["learning_rate"],
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "optim": "adamw_torch",
-        "max_grad_norm": 1.0,
-        "max_steps": setting["steps"],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": 0,
+        **shared(**{name: setting[name] for name in names}, optim="adamw_torch"),
         "use_cpu": setting.get("use_cpu", True),
     }
 

@@ -275,10 +275,25 @@ def write_html(evaluation: Evaluation, path: Path) -> None:
     sections: list[Any] = [
         Section("Result", parts),
         Section("Answers", [Samples("The same prompts, before and after", samples)]),
+        *_token_section(evaluation),
         Section("Settings", [Code("What determines the result", settings, "json")], folded=True),
     ]
     subtitle = f"{evaluation.policy.model} against {evaluation.baseline.model}"
     write_page(path, "Evaluation", sections, subtitle)
+
+
+def _token_section(evaluation: Evaluation) -> list[Any]:
+    """A few held-out pairs token by token, where both models read the same tokens."""
+    from align.report import Section, TokenValues
+
+    if not evaluation.tokens:
+        return []
+    text = (
+        "Each token of a few held-out pairs by the log-ratio of the policy to its baseline: blue where the policy "
+        "finds it likelier, orange where less likely. The number of an answer is the sum over its tokens: its "
+        "implicit reward, where the baseline is the reference, in units of beta."
+    )
+    return [Section("Tokens", [TokenValues("Held-out pairs, token by token", evaluation.tokens, "nats")], text)]
 
 
 def _sample(example: Any) -> dict[str, Any]:

@@ -73,10 +73,14 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     with contextlib.redirect_stdout(sys.stderr):  # libraries that print
         job = _job(options)
+        watch = partial(console.progress, label="sampling", unit="completions")
         if options.output is None:
-            rows = job.rows(job.prompts.prompts, 0, silent)
+            asked = job.prompts.prompts
+            # Answers for a pipe are few: a line of progress every while is for work that fills a file.
+            seen = watch(len(asked) * options.n) if sys.stderr.isatty() else contextlib.nullcontext(silent)
+            with seen as progress:
+                rows = job.rows(asked, 0, progress)
         else:
-            watch = partial(console.progress, label="sampling", unit="completions")
             done = job.write(Path(options.output).expanduser(), options.chunk_size, watch, options.restart)
     rejected = _rejected(job.prompts)
     if options.output is None:

@@ -35,11 +35,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     recipe, given = schema.read(options.recipe, options.overrides)
+    if recipe.rounds is not None:
+        return _rounds(recipe, given, options.json)
     if not launched(os.environ):
         devices = visible_devices()
         if devices > 1:
             command = launch_command(devices, options.recipe, options.overrides)
             os.execv(command[0], command)
+    return _train(recipe, given, options.json)
+
+
+def _rounds(recipe: Recipe, given: Mapping[str, str], as_json: bool) -> int:
+    from align.recipe.rounds import recipes_of
+
+    for one in recipes_of(recipe, note):
+        code = _train(one, given, False)
+        if code:
+            return code
+    output = Path(recipe.train.output_dir).expanduser()
+    if as_json:
+        print_json({"output_dir": str(output), "policy": str(output / "policy"), "page": None})
+    else:
+        print(f"all rounds are done: the policy is in {output / 'policy'}")
+    return 0
+
+
+def _train(recipe: Recipe, given: Mapping[str, str], as_json: bool) -> int:
     from align.recipe.run import prepare
 
     set_up_logging()
@@ -56,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         if stopped:
             note("stopped by a signal; the same command resumes")
         else:
-            _finish(recipe, options.json)
+            _finish(recipe, as_json)
     # Together: a process that leaves its group open, or alone, can be aborted on its way out and take the others along.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

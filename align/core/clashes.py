@@ -24,10 +24,21 @@ METHOD_CLASHES: dict[str, Clash] = {
     **_trl(
         sigmoid="dpo",
         hinge="dpo_hinge",
-        robust="rdpo",
         aot_pair="aot",
         chosen_nll="sft",
+        chunked_nll="sft",
     ),
+    "robust": Clash("TRL's `robust` is `rdpo`, and its `label_smoothing` is `eps`", "rdpo"),
+    "sppo_hard": Clash(
+        "TRL's `sppo_hard` is self-play (2405.00675) with hard wins: the squares of `cal_dpo` with `c: 1`, without its "
+        "logistic term",
+        "sppo",
+    ),
+    "apo_zero_unpaired": Clash(
+        "TRL's `apo_zero_unpaired` is `kto` with its anchor held at 0; `apo_zero` is that on pairs, the two terms added"
+    ),
+    "alphapo": Clash("AlphaPO raises probabilities to -alpha before SimPO's margin; alpha 0 is `simpo`", "simpo"),
+    "dft": Clash("TRL's `dft` weighs a token's likelihood term by the token's own probability; `sft` does not"),
     "nca_pair": Clash(
         "TRL's `nca_pair` is `nca` on a pair, a list of two: set `alpha: 0.01` for its one-hot weights", "nca"
     ),
@@ -47,12 +58,20 @@ METHOD_CLASHES: dict[str, Clash] = {
     ),
     "length_normalized_dpo": Clash("length-normalised DPO has a beta of 5 to 10", "dpo_norm"),
     "exo_pair": Clash(
-        "TRL's `exo_pair` is `exo_pref`: its `beta` is `beta_pi`, its `label_smoothing` is `eps`", "exo_pref"
+        "TRL's `exo_pair` is `exo_pref`: its `beta` (0.1) is `beta_pi` (0.5), its `label_smoothing` is `eps`",
+        "exo_pref",
     ),
     "exo": Clash("EXO is two methods: `exo_pref` on pairs, `exo_rw` on scored lists", "exo_pref"),
     "dpo_rw": Clash("EXO's forward-KL baseline on scored lists is the loss of InfoNCA", "infonca"),
     **dict.fromkeys(
-        ("forward_kl", "js_divergence", "alpha_divergence"),
+        (
+            "reverse_kl",
+            "forward_kl",
+            "js_divergence",
+            "alpha_divergence",
+            "f_divergence_type",
+            "f_alpha_divergence_coef",
+        ),
         Clash(
             "a divergence is an option: `f_dpo` with `divergence`; TRL's `f_alpha_divergence_coef` is 1 - alpha",
             "f_dpo",
@@ -62,8 +81,12 @@ METHOD_CLASHES: dict[str, Clash] = {
     "listnet": Clash("ListNet's loss on lists is the softmax cross-entropy", "list_softmax"),
     "plackett_luce": Clash("the Plackett-Luce likelihood of a ranked list is DPO for lists", "pl_dpo"),
     "kto_pair": Clash("TRL's `kto_pair` was KTO on pairs; KTO reads unpaired labels, and a pair as two of them", "kto"),
-    "bco_pair": Clash("TRL's `bco_pair` is BCO on pairs; BCO reads unpaired labels, and a pair as two of them", "bco"),
-    "rpo_alpha": Clash("TRL's `rpo_alpha` is a weight: DPO plus an SFT term is a method of its own", "rpo"),
+    "bco_pair": Clash(
+        "TRL's `bco_pair` adds the two terms of a pair and has no centre; BCO is a mean over labelled answers (half of "
+        "that), and reads a pair as two of them",
+        "bco",
+    ),
+    "rpo_alpha": Clash("TRL's former `rpo_alpha` is a weight: `eta` of `rpo` with `sft_reduction: token_mean`", "rpo"),
     "irpo": Clash("Iterative Reasoning PO (2404.19733) is DPO plus a length-normalised SFT term", "rpo"),
     "iterative_rpo": Clash("Iterative Reasoning PO (2404.19733) is DPO plus a length-normalised SFT term", "rpo"),
     "reward_aware_rpo": Clash("NVIDIA's reward-aware PO is not RPO, which is DPO plus SFT (2405.16436)"),
@@ -73,6 +96,25 @@ METHOD_CLASHES: dict[str, Clash] = {
         "DRO names two papers: direct reward optimisation with a value role, and robust DPO (Dr. DPO)", "dro_v"
     ),
     "apo": Clash("APO names three papers: anchored (2408.06266), accelerated and asymmetric PO", "apo_zero"),
+    **dict.fromkeys(
+        ("accelerated_po", "asymmetric_po"),
+        Clash("APO here is anchored (2408.06266), neither accelerated nor asymmetric PO"),
+    ),
+    **dict.fromkeys(
+        ("decentralized_po", "decentralised_po"), Clash("DPO here is Direct Preference Optimization (2305.18290)")
+    ),
+    "discovered_po": Clash("Discovered Preference Optimization is DiscoPOP (2406.08414)", "discopop"),
+    "conservative_dpo": Clash("label smoothing of DPO, its rate is `eps`", "cdpo"),
+    "identity_po": Clash("identity PO, whose beta is `tau`", "ipo"),
+    "slic_hf": Clash("SLiC-HF, without a reference; TRL's `hinge` has one and is `dpo_hinge`", "slic"),
+    "rso": Clash("RSO's loss is the hinge with a reference; its rejection sampling makes data", "dpo_hinge"),
+    "smaug": Clash("Smaug is the model of DPO-Positive", "dpop"),
+    "dpo_positive": Clash("DPO-Positive", "dpop"),
+    "simpo_gamma": Clash("TRL's `simpo_gamma` is beta times `gamma_ratio`", "simpo"),
+    "gamma_beta_ratio": Clash("the authors' `gamma_beta_ratio` is `gamma_ratio`", "simpo"),
+    "cpo_alpha": Clash("TRL's `cpo_alpha` is `lambda` of `cpo`, and `sft_weight` of `simpo`", "cpo"),
+    "discopop_tau": Clash("TRL's `discopop_tau` is `tau`", "discopop"),
+    "token_view": Clash("the token rewards of a DPO policy (2404.12358) are a way to look at it, not a loss", "dpo"),
     "implicit_po": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "implicit_ipo": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "orpo_occupancy": Clash("occupancy-regularised PO is not ORPO, which is odds-ratio PO (2403.07691)"),

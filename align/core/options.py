@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from align.core.errors import AlignError, ConfigError, suggestion
 
 _RANGE = "align_range"
+BOUNDS = {"above": ">", "at_least": ">=", "below": "<", "at_most": "<="}
+"""Argument of `option` -> its sign, in the order in which a range is told."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,12 +27,8 @@ class Range:
     doc: str = ""
 
     def describe(self) -> str:
-        parts = [
-            f"{sign} {bound:g}"
-            for sign, bound in ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
-            if bound is not None
-        ]
-        return " and ".join(parts)
+        bounds = ((sign, getattr(self, name)) for name, sign in BOUNDS.items())
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
     def admits(self, value: float) -> bool:
         return (

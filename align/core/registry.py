@@ -13,10 +13,20 @@ from typing import Any
 
 from align.core.clashes import METHOD_CLASHES, Clash
 from align.core.errors import ConfigError, suggestion
-from align.core.options import public_name
+from align.core.options import BOUNDS, public_name
 
 REQUIRED = "(required)"
 """The default shown for an option that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """An option as its declaration has it: the range in words (`> 0 and <= 1`), the type as it is written."""
+
+    default: Any
+    type: str
+    range: str
+    doc: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,8 @@ class Entry:
         module: where it is defined.
         class_name: its class there.
         options: public option name -> default (the source text where the default is not a literal).
-        summary: the first line of its docstring.
+        summary: the first line of its docstring. doc: all of it.
+        explained: public option name -> what its declaration says.
         declared: the other keyword arguments of its decorator.
     """
 
@@ -41,6 +52,8 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
     declared: Mapping[str, Any] = field(default_factory=dict)
+    doc: str = ""
+    explained: Mapping[str, Explained] = field(default_factory=dict)
 
 
 class Registry:
@@ -165,9 +178,9 @@ class _Module:
                 if isinstance(call, ast.Call) and _called(call) == kind:
                     yield self._entry(node, call, self.options(node, siblings))
 
-    def options(self, node: ast.ClassDef, siblings: Mapping[str, _Module]) -> dict[str, Any]:
+    def options(self, node: ast.ClassDef, siblings: Mapping[str, _Module]) -> dict[str, Explained]:
         """Options of a class: those of its bases in the same package first, then its own."""
-        found: dict[str, Any] = {}
+        found: dict[str, Explained] = {}
         for base in node.bases:
             name = base.id if isinstance(base, ast.Name) else ""
             if name in self.classes:
@@ -183,23 +196,31 @@ class _Module:
                 and isinstance(line.target, ast.Name)
                 and _called(line.value) == "option"
             ):
-                found[public_name(line.target.id)] = self.default(line.value)
+                found[public_name(line.target.id)] = self.explained(line.annotation, line.value)
         return found
 
-    def default(self, node: ast.AST | None) -> Any:
+    def explained(self, annotation: ast.expr, node: ast.AST | None) -> Explained:
         arguments = node.args if isinstance(node, ast.Call) else []
         words = {word.arg: word.value for word in node.keywords} if isinstance(node, ast.Call) else {}
-        value = arguments[0] if arguments else words.get("default")
+        default = arguments[0] if arguments else words.get("default")
+        bounds = [f"{sign} {self.literal(words[name])}" for name, sign in BOUNDS.items() if name in words]
+        return Explained(
+            default=REQUIRED if default is None else self.literal(default),
+            type=ast.unparse(annotation),
+            range=" and ".join(bounds),
+            doc=str(self.literal(words["doc"])) if "doc" in words else "",
+        )
+
+    def literal(self, value: ast.expr) -> Any:
+        """What an expression is, a constant of the file by its value; its source where it is more than that."""
         if isinstance(value, ast.Name):
             value = self.constants.get(value.id, value)
-        if value is None:
-            return REQUIRED
         try:
             return ast.literal_eval(value)
         except ValueError:
             return ast.unparse(value)
 
-    def _entry(self, node: ast.ClassDef, call: ast.Call, options: dict[str, Any]) -> Entry:
+    def _entry(self, node: ast.ClassDef, call: ast.Call, options: dict[str, Explained]) -> Entry:
         where = f"{self.path}:{call.lineno}"
         try:
             (id_,) = (ast.literal_eval(argument) for argument in call.args)
@@ -219,9 +240,11 @@ class _Module:
             paper=str(declared.pop("paper", "")),
             view=str(declared.pop("view", "")),
             needs=tuple(sorted(declared.pop("needs", ()))),
-            options=options,
+            options={name: one.default for name, one in options.items()},
             summary=doc.partition("\n")[0],
             declared=declared,
+            doc=doc,
+            explained=options,
         )
 
 

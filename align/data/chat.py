@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ class Chat:
 
 
 _MEND = "set `data.chat_template` to a template that keeps prefixes (text, or the path of a .jinja file)"
+
+
+class WithChat:
+    """An encoder, and a chat template on demand.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat_template: see `Chat`.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.encoder = Encoder(tokenizer)
+        self._template = chat_template
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Made (and checked) at the first conversation: plain text needs no template.
+
+        Raises:
+            ModelError: there is no fit template.
+        """
+        return Chat(self.encoder, self._template)
 
 
 def _find_template(tokenizer: Any, given: str | None) -> str:

@@ -10,6 +10,8 @@ from align.core.errors import ModelError
 from align.data.rows import RowError
 
 _SENTINELS = ("\n", ".", "=", "a", "1")
+_WINDOW = 5
+_LONGEST = 8
 
 
 class Encoder:
@@ -100,3 +102,23 @@ def scored_tokens(spans: list[tuple[int, int]], ranges: list[tuple[int, int]]) -
     for place, (start, end) in enumerate(spans):
         mask[place] = any(low <= start and end <= high for low, high in ranges) and end > start
     return mask
+
+
+def pieces(encoder: Encoder, ids: list[int]) -> list[str]:
+    """The text of each token where it stands; they join to the decoded whole.
+
+    A token is decoded behind a few of its neighbours, for some decoders drop the space of a first token. One that ends
+    within a character gives nothing, and the token that completes it gives the character.
+    """
+    found: list[str] = []
+    ends = [0]  # places where a character ends; a window begins at one, or bytes would be taken for broken ones
+    for place in range(len(ids)):
+        start, done = ends[max(0, len(ends) - _WINDOW)], ends[-1]
+        before = encoder.decode(ids[start:done])
+        now = encoder.decode(ids[start : place + 1])
+        if now.endswith("\ufffd") and place + 1 < len(ids) and place - done < _LONGEST:
+            found.append("")
+            continue
+        found.append(now[len(before) :])
+        ends.append(place + 1)
+    return found

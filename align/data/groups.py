@@ -14,13 +14,26 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RowId:
-    """Where a row was read: the source as the user named it, and the row's number from 0."""
+    """Where a row was read: the source as the user named it, and the row's number from 0.
+
+    `line` and `file` are for people, and no part of what makes a row the same: the line of a text file where the row
+    stands, from 1 as editors count, and that file where it is not `source`.
+    """
 
     source: str
     row: int
+    line: int | None = field(default=None, compare=False)
+    file: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.row}"
+        """`pairs.jsonl:13`, a line; `set.parquet row 12` of what has no lines, as `dataset[12]` reads it."""
+        return f"{self.source} row {self.row}" if self.line is None else f"{self.file or self.source}:{self.line}"
+
+    def place(self) -> dict[str, str | int]:
+        """The same as JSON: `{"file", "line"}` or `{"file", "row"}`."""
+        if self.line is None:
+            return {"file": self.source, "row": self.row}
+        return {"file": self.file or self.source, "line": self.line}
 
 
 @dataclass(frozen=True, slots=True)

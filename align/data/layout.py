@@ -40,8 +40,10 @@ REJECTED = (
 )
 """Names that tell which of two wins (j over k is the notation of the field). `response_0`, `response_1` do not."""
 LISTS = ("completions", "responses")
+PAIR_FEEDBACK = ("probability", "margin")
+"""Numbers of a pair that some methods are about: what lacks them is no data for these."""
 STEP_REWARDS = ("chosen_step_rewards", "rejected_step_rewards")
-OPTIONAL = ("probability", "margin", "weight", "tie", "annotator", "tools", *STEP_REWARDS)
+OPTIONAL = (*PAIR_FEEDBACK, "weight", "tie", "annotator", "tools", *STEP_REWARDS)
 EXTRAS = ("samples", "baseline", "contrasts")
 """Further answers, read where a method asks for them: a list of samples, a demonstration, contrasts of prompts."""
 PARTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ import numpy as np
 from align.core.errors import AlignError, DataError, ErrorList, raise_all
 from align.core.hashing import digest
 from align.data import known
-from align.data.grouped import RowPairs
+from align.data.grouped import Chosen, RowPairs
 from align.data.groups import TokenGroup
 from align.data.known import Known, Purpose
-from align.data.layout import EXTRAS, Winner
+from align.data.layout import EXTRAS, PAIR_FEEDBACK, Winner
 from align.data.mixture import Mixture, mixture_of
 from align.data.readers import Diverging, Reader, Ties, Transcripts, reader_for, recognise
 from align.data.rejected import RejectedLog
@@ -42,6 +43,7 @@ class SourceSpec:
 
     Attributes:
         weight: share of the mixture, see `align.data.mixture`; all 1: the sources are joined.
+        only: a JSON file with the ids of the rows that are read; None for all.
         where: line of the recipe, for errors.
     """
 
@@ -61,6 +63,7 @@ class SourceSpec:
     chat: bool | None = None
     filters: Mapping[str, Any] | str | None = None
     weight: float = 1.0
+    only: str | None = None
     where: str = ""
 
     @property
@@ -182,6 +185,12 @@ def open_sources(
         if kind is not None and kind.rows_per_prompt == 2:
             opened[number] = RowPairs(opened[number])
             samples[number] = opened[number].read(range(min(len(opened[number]), _SAMPLE)))
+    for number, spec in enumerate(specs):
+        if spec.only is not None:
+            with _collected(errors, spec):
+                opened[number] = Chosen(opened[number], _ids(spec.only))
+                samples[number] = opened[number].read(range(min(len(opened[number]), _SAMPLE)))
+    raise_all(errors)
     found = []
     for number, share in enumerate(_shares(opened, look)):
         source, sample = opened[number], samples[number][:share]
@@ -190,6 +199,22 @@ def open_sources(
             found.append(Opened(source, reader, share, sample))
     raise_all(errors)
     return found
+
+
+def _ids(file: str) -> list[str]:
+    """The row ids of a file.
+
+    Raises:
+        DataError: no such file, or not a list of texts.
+    """
+    path = Path(file).expanduser()
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError("the row ids of `only` cannot be read", where=str(path), why=str(error)) from error
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise DataError("`only` holds no list of row ids", where=str(path), mend='write ["FILE:LINE", ...]')
+    return ids
 
 
 @contextmanager
@@ -313,6 +338,7 @@ def _reader(
                 where=source.name,
                 mend=f"add a column `{part}` ({_EXTRA_FORMS[part]}), or name it: columns: {{{part}: COLUMN}}",
             )
+        _check_feedback(reader, needs, source.name)
         if spec.ties == "keep" and "ties" not in needs:
             raise DataError(
                 "`ties: keep`, and the method reads no ties",
@@ -325,6 +351,25 @@ def _reader(
     return reader
 
 
+def _check_feedback(reader: Reader, needs: Collection[str], where: str) -> None:
+    """Refuse pairs without the number that the method is about: it would be another method on them."""
+    present = set(reader.layout.optional) | ({"margin"} if "scores" in reader.layout.columns else set())
+    for part in (name for name in PAIR_FEEDBACK if name in needs and name not in present):
+        other = next((name for name in PAIR_FEEDBACK if name in present), None)
+        column = f"add a column `{part}` ({_FEEDBACK_FORMS[part]}), or name it: columns: {{{part}: COLUMN}}"
+        raise DataError(
+            f"the method needs the `{part}` of each pair, and there is no such column",
+            where=where,
+            why=f"without it every pair would count alike, as in dpo; {reader.description}",
+            mend=column
+            + (f"; there is a `{other}`, which `label: {other}` reads in soft_dpo and smpo" if other else ""),
+        )
+
+
+_FEEDBACK_FORMS = {
+    "probability": "how sure it is that the chosen answer is the better one, 0 to 1",
+    "margin": "by how much the chosen answer is the better one",
+}
 _EXTRA_FORMS = {
     "samples": "a list of answers of a frozen policy",
     "baseline": "an answer to imitate",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import ConfigError, DataError
+from align.data.groups import RowId
 from align.data.stream import GlobalBatch, Hole
 
 _EXAMPLES = 3
@@ -37,7 +38,7 @@ class RejectedLog:
         self.examples: dict[str, list[str]] = {}
         self.bad = 0
         self._counted: set[tuple[str, int]] = set()
-        self._written: set[tuple[str, int]] = set()
+        self._written: set[str] = set()
         self._looked: dict[str, int] = {}
         if self.path is not None and self.path.exists():
             if resume:
@@ -131,8 +132,8 @@ class RejectedLog:
                 examples = self.examples.setdefault(reason, [])
                 if len(examples) < _EXAMPLES:
                     examples.append(str(hole.row))
-            if self.path is not None and key not in self._written:
-                self._written.add(key)
+            if self.path is not None and str(hole.row) not in self._written:
+                self._written.add(str(hole.row))
                 lines.append(_line(hole))
         if lines and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +143,7 @@ class RejectedLog:
 
 def _line(hole: Hole) -> str:
     content = {
-        "file": hole.row.source,
-        "row": hole.row.row,
+        **hole.row.place(),
         "field": hole.field,
         "reason": hole.reason,
         "kind": "dropped" if hole.dropped else "bad",
@@ -151,9 +151,9 @@ def _line(hole: Hole) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def _rows_in(path: Path) -> set[tuple[str, int]]:
+def _rows_in(path: Path) -> set[str]:
     """Rows already in the file; a line cut short by a kill is taken off."""
-    found: set[tuple[str, int]] = set()
+    found: set[str] = set()
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -161,7 +161,7 @@ def _rows_in(path: Path) -> set[tuple[str, int]]:
     for line in whole.splitlines():
         try:
             entry = json.loads(line)
-            found.add((str(entry["file"]), int(entry["row"])))
+            found.add(str(RowId(str(entry["file"]), int(entry.get("row", -1)), entry.get("line"))))
         except (ValueError, KeyError, TypeError):
             continue
     return found

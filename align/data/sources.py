@@ -32,11 +32,13 @@ class Source(ABC):
         name: the source as the user named it.
         rows_parsed: rows turned into objects so far in this process.
         fingerprint: a digest of the content; files up to 1 GB are read whole, larger ones by their ends.
+        of_lines: whether the rows are the lines of the file `name`.
     """
 
     def __init__(self, name: str, fingerprint: str, rows: int) -> None:
         self.name, self.fingerprint, self._rows = name, fingerprint, rows
         self.rows_parsed = 0
+        self.of_lines = False
 
     def __len__(self) -> int:
         return self._rows
@@ -47,8 +49,8 @@ class Source(ABC):
         return self._read([int(index) for index in indices])
 
     def row_id(self, index: int) -> RowId:
-        """The file (or name) and number under which a user finds the row."""
-        return RowId(self.name, int(index))
+        """The file and line, or the name and number, under which a user finds the row."""
+        return RowId(self.name, int(index), line=int(index) + 1 if self.of_lines else None)
 
     def rename(self, name: str) -> None:
         self.name = name
@@ -189,7 +191,7 @@ class _Jsonl(Source):
 
     def row_id(self, index: int) -> RowId:
         file, row = self._locate(int(index))
-        return RowId(self.name if len(self._files) == 1 else file.name, row)
+        return RowId(self.name if len(self._files) == 1 else file.name, row, line=row + 1)
 
     def rename(self, name: str) -> None:
         for file in self._files:

@@ -10,9 +10,10 @@ import numpy as np
 
 from align.core.errors import ConfigError
 from align.core.hashing import digest
-from align.data.chat import Chat
-from align.data.encode import Encoder, scored_tokens
-from align.data.groups import Completion, Group, Segment, TokenCompletion, TokenGroup
+from align.data.chat import WithChat
+from align.data.encode import scored_tokens
+from align.data.groups import CONTRASTS, Completion, Group, Preference, Segment, TokenCompletion, TokenGroup
+from align.data.layout import PAIR_FEEDBACK
 from align.data.marks import mark_differences
 from align.data.rows import RowError
 from align.data.views import VIEWS, PairRule, select
@@ -36,7 +37,7 @@ class _Prompt:
     ids: np.ndarray
 
 
-class Tokeniser:
+class Tokeniser(WithChat):
     """Turns groups into token ids.
 
     Args:
@@ -75,16 +76,7 @@ class Tokeniser:
         self.score: Score = score or ("all" if view == "demonstrations" else "last")
         self.needs = frozenset(needs)
         self.contexts = dict(contexts or {})
-        self.encoder = Encoder(tokenizer)
-        self._template = chat_template
-        self._chat: Chat | None = None
-
-    @property
-    def chat(self) -> Chat:
-        """Made (and checked) at the first conversation: plain text needs no template."""
-        if self._chat is None:
-            self._chat = Chat(self.encoder, self._template)
-        return self._chat
+        super().__init__(tokenizer, chat_template)
 
     @property
     def fingerprint(self) -> str:
@@ -107,7 +99,8 @@ class Tokeniser:
         """
         ties = "ties" in self.needs and group.meta.get("ties") != "drop"
         chosen = select(group, self.view, self.pairs, ties, "reward" in self.needs)
-        group = replace(group, completions=chosen.completions, preferences=chosen.preferences)
+        preferences = tuple(_with_feedback(pair, self.needs) for pair in chosen.preferences)
+        group = replace(group, completions=chosen.completions, preferences=preferences)
         made = self._fitted(group)
         _refuse_equal(made)
         return mark_differences(made) if "marked" in self.needs else made
@@ -164,7 +157,8 @@ class Tokeniser:
         return _Prompt(text, joining, _array(joining))
 
     def _after_several_prompts(self, group: Group, completions: tuple[TokenCompletion, ...]) -> TokenGroup:
-        """A group whose completions answer prompts of their own: these begin alike, and what follows is not scored."""
+        """A group whose completions answer prompts of their own: these begin alike, and what follows is scored in
+        contrasts alone, where the method needs `scored_prompts` (what they share cancels in a contrast)."""
         prompts = [self._prompt(_asked(group, completion)).ids for completion in group.completions]
         shared = min(len(ids) for ids in prompts)
         while shared and any(not np.array_equal(ids[:shared], prompts[0][:shared]) for ids in prompts):
@@ -175,7 +169,8 @@ class Tokeniser:
             row=group.row,
             prompt=prompts[0][:shared],
             completions=tuple(
-                _after(ids[shared:], completion) for ids, completion in zip(prompts, completions, strict=True)
+                _after(ids[shared:], completion, "scored_prompts" in self.needs and _contrasted(completion))
+                for ids, completion in zip(prompts, completions, strict=True)
             ),
             preferences=group.preferences,
         )
@@ -266,6 +261,16 @@ class Tokeniser:
         raise RowError("", "too long for `max_length` with the last turn of the prompt alone", dropped=True)
 
 
+def _with_feedback(pair: Preference, needs: Collection[str]) -> Preference:
+    """The pair with the numbers that the method is about; a tie's are known, and no other number stands in for one."""
+    if pair.tie and pair.margin is None:
+        pair = replace(pair, margin=0.0)
+    for part in PAIR_FEEDBACK:
+        if part in needs and getattr(pair, part) is None:
+            raise RowError(part, "missing")
+    return pair
+
+
 def _check_step_rewards(completion: Completion) -> None:
     turns = 1 + max(segment.step for segment in completion.segments)
     if completion.step_rewards is None:
@@ -299,13 +304,17 @@ def _asked(group: Group, completion: Completion) -> Group:
     return group if completion.prompt is None else replace(group, prompt=completion.prompt)
 
 
-def _after(unscored: np.ndarray, completion: TokenCompletion) -> TokenCompletion:
-    """The completion with unscored tokens in front."""
-    blank = np.zeros(len(unscored), dtype=np.int64)
+def _contrasted(completion: TokenCompletion) -> bool:
+    return completion.role.partition(":")[0] in CONTRASTS
+
+
+def _after(prompt: np.ndarray, completion: TokenCompletion, scored: bool) -> TokenCompletion:
+    """The completion with tokens of its prompt in front, scored or not."""
+    blank = np.zeros(len(prompt), dtype=np.int64)
     return replace(
         completion,
-        ids=np.concatenate([unscored, completion.ids]),
-        mask=np.concatenate([blank.astype(bool), completion.mask]),
+        ids=np.concatenate([prompt, completion.ids]),
+        mask=np.concatenate([np.full(len(prompt), scored), completion.mask]),
         step=np.concatenate([blank, completion.step]),
     )
 

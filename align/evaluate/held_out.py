@@ -91,6 +91,7 @@ def read_held_out(
     source, reader = opened.source, opened.reader
     if lines:
         source.rename(str(name))
+        source.of_lines = True
     check_view("prompts", (), reader.gives or {""}, source.name, reader.description)
     with_pairs = bool({"preferences", "order"} & reader.gives)
     collected = _Collected(tokenizer, with_pairs, positions, max_new_tokens, chat_template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ from align.core.files import atomic_write
 from align.core.options import check_all, option
 from align.core.progress import Progress, silent
 from align.core.seeds import derive
-from align.data.groups import TokenGroup
+from align.data.encode import Encoder
+from align.data.groups import Preference, TokenGroup
 from align.evaluate.held_out import HeldOut, Prompt
 from align.evaluate.results import Evaluation, summarise
 from align.evaluate.rewards import Reward
@@ -26,6 +28,7 @@ from align.evaluate.sides import Side
 from align.sampling.base import Rollout, SamplingParams
 from align.scoring.assemble import trees_of
 from align.scoring.layout import Tree
+from align.scoring.token_view import SHOWN, told
 
 COMPLETIONS, RESULT, WORK = "completions.jsonl", "result.json", "work"
 
@@ -116,6 +119,9 @@ class _Run:
             # One template for both: a base model that has none is asked as the policy is.
             self.baseline = replace(self.baseline, tokenizer=self.policy.tokenizer)
         self.with_kl = self.shared and self.settings.sampling.temperature > 0
+        paired = (number for number, prompt in enumerate(self.held_out.prompts) if prompt.pairs)
+        self.shown = frozenset(itertools.islice(paired, SHOWN)) if self.shared else frozenset()
+        self.encoder = Encoder(self.policy.tokenizer)
 
     def key(self) -> dict[str, Any]:
         """Everything that determines the result."""
@@ -162,7 +168,7 @@ class _Run:
             asked[role], drawn[role] = side.sample(texts, tools, self.settings.n, params, progress)
             rewards[role] = self._rewards(prompts, drawn[role])
         ratios = self._ratios(asked["policy"], drawn["policy"])
-        pairs = self._pairs(prompts)
+        pairs = self._pairs(items, prompts)
         return [
             {
                 "number": item,
@@ -214,24 +220,31 @@ class _Run:
             found.append([{"k1": float(r.sum()), "k3": float((np.expm1(-r) + r).sum())} for r in ratios])
         return found
 
-    def _pairs(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
-        """Summed log-probabilities of both answers, by the policy and, where its tokens are the same, the baseline."""
+    def _pairs(self, items: Sequence[int], prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
+        """Summed log-probabilities of both answers, by the policy and, where its tokens are the same, the baseline.
+
+        The first pair of the first few prompts has its log-ratios token by token too.
+        """
         groups = [group for prompt in prompts for group in prompt.pairs]
-        ours = iter(_scores(self.policy, groups))
-        theirs = iter(_scores(self.baseline, groups)) if self.shared else None
+        ours = iter(self.policy.logp(trees_of(groups)))
+        theirs = iter(self.baseline.logp(trees_of(groups))) if self.shared else None
         made: list[list[dict[str, Any]]] = []
-        for prompt in prompts:
+        for item, prompt in zip(items, prompts, strict=True):
             own: list[dict[str, Any]] = []
             for group in prompt.pairs:
                 policy = next(ours)
                 baseline = next(theirs) if theirs is not None else None
-                own += [
+                entries: list[dict[str, Any]] = [
                     {
-                        "policy": _of_pair(policy, pair.winner, pair.loser),
-                        "baseline": None if baseline is None else _of_pair(baseline, pair.winner, pair.loser),
+                        "policy": _of_pair(group, policy, pair),
+                        "baseline": None if baseline is None else _of_pair(group, baseline, pair),
                     }
                     for pair in group.preferences
                 ]
+                if baseline is not None and item in self.shown and entries and not own:
+                    ratios = [p - q for p, q in zip(policy, baseline, strict=True)]
+                    entries[0]["tokens"] = told(group, ratios, self.encoder)
+                own += entries
             made.append(own)
         return made
 
@@ -250,22 +263,13 @@ def save_result(evaluation: Evaluation, folder: str | Path) -> Path:
     return atomic_write(Path(folder) / RESULT, text + "\n")
 
 
-def _scores(side: Side, groups: Sequence[TokenGroup]) -> list[list[tuple[float, int]]]:
-    """Per group, per answer: (summed log-probability of its scored tokens, how many these are)."""
-    trees = trees_of(groups)
-    return [
-        [(float(logp.sum()), int(scored.sum())) for logp, scored in zip(rows, tree.scored, strict=True)]
-        for rows, tree in zip(side.logp(trees), trees, strict=True)
-    ]
-
-
-def _of_pair(answers: Sequence[tuple[float, int]], winner: int, loser: int) -> dict[str, Any]:
-    (chosen, chosen_tokens), (rejected, rejected_tokens) = answers[winner], answers[loser]
+def _of_pair(group: TokenGroup, logps: Sequence[np.ndarray], pair: Preference) -> dict[str, Any]:
+    """Of both answers: the summed log-probability of scored tokens (others have 0), and how many these are."""
     return {
-        "chosen": chosen,
-        "rejected": rejected,
-        "chosen_tokens": chosen_tokens,
-        "rejected_tokens": rejected_tokens,
+        "chosen": float(logps[pair.winner].sum()),
+        "rejected": float(logps[pair.loser].sum()),
+        "chosen_tokens": int(group.completions[pair.winner].mask.sum()),
+        "rejected_tokens": int(group.completions[pair.loser].mask.sum()),
     }
 
 

@@ -91,6 +91,8 @@ class Evaluation:
         pairs: None where the data hold no pairs.
         data: what was read and left out. settings: everything that determines the result.
         notes: what a reader should know. examples: a dozen prompts with answers and rewards.
+        tokens: a few held-out pairs token by token, as `align.scoring.token_view.told` gives them: the log-ratio of
+            policy to baseline, in nats.
     """
 
     policy: SideResult
@@ -106,6 +108,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     examples: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    tokens: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Nested dictionaries and lists of plain values; numbers that are not finite are NaN."""
@@ -137,6 +140,7 @@ def summarise(
         settings=dict(settings),
         notes=tuple(notes),
         examples=tuple(_example(row) for row in rows[:EXAMPLES]),
+        tokens=tuple(pair["tokens"] for row in rows for pair in row["pairs"] if "tokens" in pair),
     )
 
 

@@ -33,7 +33,7 @@ from align.scoring.assemble import trees_of
 from align.scoring.layout import Tree
 
 Margins = Mapping[str, float]
-"""Id of a row (`SOURCE:NUMBER`) -> its margin in nats; what a round keeps for the next one's ensemble."""
+"""Id of a row (`FILE:LINE`, `NAME row NUMBER`) -> its margin in nats; a round keeps them for the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def pair_margins(
     per_token: bool = False,
     name: str = "rows",
 ) -> dict[str, float]:
-    """Margins of rows of pairs (any format that is read as pairs), by row id `NAME:NUMBER`.
+    """Margins of rows of pairs (any format that is read as pairs), by row id `NAME row NUMBER`.
 
     A row that is bad, tied or too long has none.
     """
@@ -170,18 +170,28 @@ def select_round(
         if own:
             raise ConfigError("sera: round 1 has no policy of its own yet", mend="leave `own` out, or give `last`")
         return list(rows), _report(rows, rows, [])
-    ids = {f"{name}:{number}": row for number, row in enumerate(rows)}
+    ids = {str(RowId(name, number)): row for number, row in enumerate(rows)}
     strange = next((row for row in last if row not in ids), None)
     if strange is not None:
         raise DataError(
-            f"sera: a margin of row `{strange}`, which is not among the rows", mend=f"name them {name}:0 ..."
+            f"sera: a margin of row `{strange}`, which is not among the rows", mend=f"name them `{name} row 0` ..."
         )
-    margins = ensemble(last, before, options.ensemble)
-    chosen = set(largest(margins, round(options.keep * len(margins))))
+    chosen = set(kept_rows(last, before, options))
     kept = [row for row_id, row in ids.items() if row_id in chosen]
-    order = sorted(range(len(own)), key=lambda i: (-own[i].margin, i))[: round(options.bootstrap * len(kept))]
-    added = [own[i].row for i in order]
+    added = strongest(own, len(kept), options)
     return [*kept, *added], _report(rows, kept, added)
+
+
+def kept_rows(last: Margins, before: Margins | None, options: Sera) -> list[str]:
+    """Ids of the offline pairs that a round keeps, the largest margin first; at least one."""
+    margins = ensemble(last, before, options.ensemble)
+    return largest(margins, max(1, round(options.keep * len(margins))))
+
+
+def strongest(own: Sequence[Drawn], kept: int, options: Sera) -> list[Mapping[str, Any]]:
+    """Rows of the own pairs that a round adds to `kept` offline ones, the largest margin first."""
+    order = sorted(range(len(own)), key=lambda i: (-own[i].margin, i))[: round(options.bootstrap * kept)]
+    return [own[i].row for i in order]
 
 
 def _ratios(tree: Tree, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], per_token: bool) -> np.ndarray:

@@ -1,28 +1,43 @@
-"""What methods on pairs share: probabilities of labels, optimal transport on the line."""
+"""What methods on pairs share: soft labels, optimal transport on the line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from align.core.errors import ConfigError
-from align.methods.base import Term
+from align.methods.base import Method, Term, option
 from align.methods.stages import sum_by
 from align.scoring.views import Pairs
 
 
-def label_probability(pairs: Pairs, label: str, temperature: float, owner: str) -> Tensor:
-    """P(y_w > y_l), [P]: sigmoid(margin / T) of the data's score differences, or their probability at temperature T.
+@dataclass(frozen=True, kw_only=True)
+class SoftLabels(Method):
+    """A method whose labels are probabilities: its options for them, and the column that they are read from."""
 
-    A probability p is taken as sigmoid(d) of a score difference d, so T = 1 leaves it as it is, and 0 and 1 stay.
-    """
-    if label == "probability":
-        return torch.sigmoid(torch.logit(pairs.probability) / temperature)
-    if pairs.margin is None:
-        raise ConfigError(f"method `{owner}`: some pairs have no `margin`", mend="supply scores, or use probabilities")
-    return torch.sigmoid(pairs.margin / temperature)
+    beta: float = option(0.1, above=0, doc="strength of the KL leash")
+    T: float = option(1.0, above=0, doc="temperature of the labels: p = sigmoid(d / T), d the log-odds or the margin")
+    label: Literal["probability", "margin"] = option("probability", doc="what of the data p is made of")
+
+    def requires(self) -> frozenset[str]:
+        return frozenset({"ref_logp", "ties", self.label})
+
+    def label_probability(self, pairs: Pairs) -> Tensor:
+        """P(y_w > y_l), [P]: sigmoid(margin / T) of the data's score differences, or their probability at T.
+
+        A probability p is taken as sigmoid(d) of a score difference d, so T = 1 leaves it as it is, and 0 and 1 stay.
+        """
+        if self.label == "probability":
+            return torch.sigmoid(torch.logit(pairs.probability) / self.T)
+        if pairs.margin is None:
+            raise ConfigError(
+                f"method `{self.id}`: some pairs have no `margin`", mend="supply scores, or use probabilities"
+            )
+        return torch.sigmoid(pairs.margin / self.T)
 
 
 def matched(first: Tensor, second: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:

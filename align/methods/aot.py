@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from align.methods._pairs import dominance
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic
@@ -24,6 +26,18 @@ class AOT(Method):
     several others (a weight on a value after the sort would make the loss leap where ranks change). A batch of one is
     dpo. Source: arXiv 2406.05882, its paired form with the logistic loss.
     """
+
+    formula: ClassVar[str] = (
+        r"u_i &= \log\pi(y_{w,i}) - \log\pi(y_{l,i}) \qquad v_i = \log\pi_{\mathrm{ref}}(y_{w,i}) - "
+        r"\log\pi_{\mathrm{ref}}(y_{l,i}) \\ "
+        r"m_i &= \beta (u_{(i)} - v_{(i)}) \\ "
+        r"\mathcal{L} &= \frac{1}{P} \sum_{i=1}^{P} \left[-(1 - \varepsilon) \log\sigma(m_i) - \varepsilon "
+        r"\log\sigma(-m_i)\right]"
+    )
+    when: ClassVar[str] = (
+        "Pick it when what counts is how rewards are spread over all prompts, not each pair's own margin, and "
+        "batches are large."
+    )
 
     beta: float = option(0.01, above=0, doc="scale of the margin")
     eps: float = option(0.0, at_least=0, below=0.5, doc="label smoothing")

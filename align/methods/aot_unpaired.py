@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from align.methods._pairs import dominance
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic
@@ -28,6 +30,15 @@ class UnpairedAOT(Method):
     micro-batch). Gradients are those of the matched elements. Weights are masses of both bags: a pair of weight 2
     counts as two. A batch of one is dpo. Source: arXiv 2406.05882, its unpaired form with the logistic loss.
     """
+
+    formula: ClassVar[str] = (
+        r"u_i &= h_{w,i} \qquad v_i = h_{l,i} \qquad m_i = \beta (u_{(i)} - v_{(i)}) \\ "
+        r"\mathcal{L} &= \frac{1}{P} \sum_{i=1}^{P} \left[-(1 - \varepsilon) \log\sigma(m_i) - \varepsilon "
+        r"\log\sigma(-m_i)\right]"
+    )
+    when: ClassVar[str] = (
+        "Pick it when good and bad answers are two bags whose pairing means nothing, and batches are large."
+    )
 
     beta: float = option(0.01, above=0, doc="scale of the implicit reward")
     eps: float = option(0.0, at_least=0, below=0.5, doc="label smoothing")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ class APODown(Method):
     where the model is better than both responses; the choice between it and `apo_zero` is the method. Source: arXiv
     2408.06266.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = \sigma(\beta h_w) + 1 - \sigma(\beta (h_w - h_l))"
+    when: ClassVar[str] = (
+        "Pick it when the model already writes better answers than both of the pair, so that both should become "
+        "less likely."
+    )
 
     beta: float = option(0.1, above=0, doc="how fast the value saturates")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ class APOZero(Method):
     solved and hopeless examples are both ignored. It is kto on a pair with its anchor at zero, and reads sigmoid, not
     log sigmoid, which would be BCO. Source: arXiv 2408.06266.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = 1 - \sigma(\beta h_w) + \sigma(\beta h_l)"
+    when: ClassVar[str] = (
+        "Pick it when the chosen answers are better than what the model writes, so that they should become likelier."
+    )
 
     beta: float = option(0.1, above=0, doc="how fast the value saturates")
 

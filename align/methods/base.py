@@ -18,7 +18,7 @@ from align.core.options import check_all, option
 from align.methods.claim import Claim
 from align.scoring.views import VIEWS, View
 
-__all__ = ["Method", "Term", "Terms", "Unit", "finish", "method", "option"]
+__all__ = ["Live", "Method", "Term", "Terms", "Unit", "finish", "method", "option"]
 
 Coupling = Literal["unit", "batch"]
 
@@ -92,6 +92,15 @@ class Terms(Mapping[str, Term]):
 
 
 @dataclass(frozen=True)
+class Live:
+    """Samples of the current policy that the trainer draws for every prompt before a step: `count` of each, of at most
+    `max_new_tokens` tokens. They are the view's `samples`."""
+
+    count: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass of options with a declaration made by `@method`."""
 
@@ -101,6 +110,13 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     coupling: ClassVar[Coupling] = "unit"
     claim: ClassVar[Claim | None] = None
+    formula: ClassVar[str] = ""
+    r"""The loss in LaTeX, for its page: rows end in `\\`, columns in `&`, definitions in `\qquad`. A definition behind
+    `\text{NAME:}\quad` holds for that choice of an option. Checked against `loss` by `tests/docs`."""
+    when: ClassVar[str] = ""
+    """One sentence for its page: when to pick it."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Columns that it reads where the data have them, and that have a value elsewhere (`probability`: 1)."""
     teacher: ClassVar[str] = ""
     """`previous_epoch`: the reference is the policy as it was when the epoch began, unless the run says otherwise."""
 
@@ -129,6 +145,14 @@ class Method:
     def requires(self) -> frozenset[str]:
         """Columns this instance reads; a subset of `needs` where an option makes one superfluous."""
         return self.needs
+
+    def reads(self) -> frozenset[str]:
+        """Columns that `loss`, `observe` and `measure` may see, beyond `logp` and `weight`."""
+        return self.requires() | self.takes | ({"samples"} if self.live_samples() is not None else frozenset())
+
+    def live_samples(self) -> Live | None:
+        """Samples of the present policy that it wants drawn before each step; None: those of the data, or none."""
+        return None
 
     def contexts(self) -> Mapping[str, str]:
         """name -> text, with `{prompt}` for the prompt's last user turn: other prompts for `anchor.NAME` columns.
@@ -165,10 +189,12 @@ def method(
     paper: str = "",
     needs: Iterable[str] = (),
     coupling: Coupling = "unit",
+    takes: Iterable[str] = (),
     claim: tuple[str, ...] = (),
 ) -> Callable[[type], type]:
     """Declare a method: its id, paper, view, the columns it reads beyond `logp`, and whether units are coupled.
 
+    Data without a column of `needs` are refused; one of `takes` is read where the data have it.
     `claim` holds the fields of a `Claim`: the metric it is meant to move, up or down, the world, and against what.
     """
     if view not in VIEWS:
@@ -177,6 +203,7 @@ def method(
     def declare(cls: type) -> type:
         cls.id, cls.paper, cls.view = id, paper, view  # type: ignore[attr-defined]
         cls.needs, cls.coupling = frozenset(needs), coupling  # type: ignore[attr-defined]
+        cls.takes = frozenset(takes)  # type: ignore[attr-defined]
         cls.claim = Claim(*claim) if claim else None  # type: ignore[arg-type, attr-defined]
         return dataclass(frozen=True, kw_only=True)(cls)
 
@@ -190,7 +217,7 @@ def terms_of(method: Method, view: View) -> Terms:
         TrainingError: the loss raises, with the line of the method's file.
     """
     try:
-        returned = method.loss(view)
+        returned = method.loss(view.only(method.reads()))
     except (AlignError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a method may be a user's own file, whose faults are theirs to see

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -39,6 +41,17 @@ class BCO(Method):
     steps, the current global batch included (as TRL's), so the first step has a centre; while one class is unseen, the
     other's mean alone is the centre. State: the two sums and counts. Source: arXiv 2404.04656, Eq. 12.
     """
+
+    formula: ClassVar[str] = (
+        r"r &= \beta h \qquad \delta = \operatorname{sg}\left[\frac{\bar{r}_D + \bar{r}_U}{2}\right] \qquad w = "
+        r"\operatorname{clip}\left(\frac{p}{1 - p}, w_{\min}, w_{\max}\right) \\ "
+        r"\text{desirable:}\quad \mathcal{L} &= -\log\sigma(r - \delta) \\ "
+        r"\text{undesirable:}\quad \mathcal{L} &= -w \log\sigma(-(r - \delta))"
+    )
+    when: ClassVar[str] = (
+        "Pick it for answers with a thumb up or down, the more so when the good and the bad come from different "
+        "prompts."
+    )
 
     beta: float = option(0.01, above=0, doc="scale of the implicit reward; 0.01 in the paper, 0.1 in TRL")
     clip: tuple[float, float] = option((0.5, 10.0), doc="bounds of the undesirable completions' weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class BetaDPO(Method):
     on rewards. A draw is a function of seed, step and row, not of order or split. a = 0 with rho = 1 is dpo. Source:
     arXiv 2407.08639.
     """
+
+    formula: ClassVar[str] = (
+        r"M_0 &\leftarrow m M_0 + (1 - m) \operatorname{mean}_i(\Delta_i) \qquad S \leftarrow m S + (1 - m) "
+        r"\operatorname{std}_i(\Delta_i) \\ "
+        r"w_i &= \exp\left(-\frac{(\Delta_i - M_0)^2}{2 S^2}\right) "
+        r"\text{, the weights by which } \rho P \text{ pairs } B \text{ are drawn} \\ "
+        r"\beta_b &= \operatorname{sg}\left[\max(10^{-3}, \beta_0 (1 + a (\operatorname{mean}_{i \in B}(\Delta_i) - "
+        r"M_0)))\right] \\ "
+        r"\mathcal{L} &= \operatorname{mean}_{i \in B}(-\log\sigma(\beta_b \Delta_i))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the quality of pairs is mixed: the leash follows the batch, and outlying pairs are left out."
+    )
 
     beta0: float = option(0.1, above=0, doc="beta where the batch's margin is the usual one")
     a: float = option(0.6, at_least=0, doc="how strongly beta follows the batch's margin, per nat")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -42,6 +42,16 @@ class BRAIn(Method):
     list of one teaches nothing; such rows are dropped and counted. Source: arXiv 2402.02479, Theorem 4.2, and the
     authors' code.
     """
+
+    formula: ClassVar[str] = (
+        r"a_i &\propto \frac{\pi_{\mathrm{ref}}(y_i)}{q'(y_i)} g_i \qquad b_i \propto \frac{\pi(y_i)}{q'(y_i)} "
+        r"\qquad \mathcal{L} = \sum_{i=1}^{K} a_i \log\frac{a_i}{b_i} \\ "
+        r"\text{exponential:}\quad g_i &= e^{r_i / T} \\ "
+        r"\text{sigmoid:}\quad g_i &= \sigma\left(\frac{r_i - \bar{r}}{T}\right)"
+    )
+    when: ClassVar[str] = (
+        "Pick it when each prompt has several samples with rewards whose size, not only their order, should be learnt."
+    )
 
     T: float = option(1.0, above=0, doc="temperature of the goodness, in the unit of the scores")
     goodness: Literal["exponential", "sigmoid"] = option("exponential", doc="p(good | x, y) as a function of the score")

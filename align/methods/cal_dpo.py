@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic
 from align.scoring.views import Pairs
@@ -19,6 +21,14 @@ class CalDPO(Method):
     500 nats where the square's gradient is about 1000 and only gradient clipping holds it; hence 0.01 here. Source:
     arXiv 2412.14516, and the authors' code.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} = -\log\sigma(h_w - h_l) + c \left[\left(h_w - \frac{1}{2 \beta}\right)^2 + \left(h_l + "
+        r"\frac{1}{2 \beta}\right)^2\right]"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the chosen answer's likelihood must rise to a set height, not only stay above the rejected one's."
+    )
 
     beta: float = option(0.01, above=0, doc="1 / (2 beta) is the target log-ratio in nats; 0.01 to 0.1")
     c: float = option(1.0, at_least=0, doc="weight of the squares; 1 in the paper's formula, 0.5 in its code")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -22,6 +24,14 @@ class ConservativeDPO(Method):
     with its `sigmoid` loss. Source: E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023,
     and the code of DPO's authors.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta (h_w - h_l) \\ "
+        r"\mathcal{L} &= -(1 - \varepsilon) \log\sigma(z) - \varepsilon \log\sigma(-z)"
+    )
+    when: ClassVar[str] = (
+        "Pick it when labels are noisy and over-confidence is the worry: margins stop at a finite size."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     eps: float = option(0.1, at_least=0, below=0.5, doc="assumed rate of flipped labels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,14 @@ class ChiPO(Method):
     of u stops at `max_exponent`, above which only gamma * h pulls (`clamped` is the share); a lower stop, as some clip
     the log-ratio at -88, changes no float32 number. Not XPO. Source: arXiv 2407.13399, Algorithm 1.
     """
+
+    formula: ClassVar[str] = (
+        r"\phi(h) &= e^h + \gamma h \qquad m = \beta (\phi(h_w) - \phi(h_l)) \\ "
+        r"\mathcal{L} &= -\log\sigma(\operatorname{clip}(m, -2 R_{\max}, 2 R_{\max}))"
+    )
+    when: ClassVar[str] = (
+        "Pick it for many epochs on pairs that cover little, where dpo would drift far from the reference."
+    )
 
     beta: float = option(0.05, above=0, doc="strength of the regulariser; 0.05 and 0.005 in the paper")
     R_max: float = option(1.0, above=0, doc="range of the reward, about 1 to 2; the margin is clipped at twice that")

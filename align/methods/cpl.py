@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,14 @@ from align.methods.stages import logistic, nll
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("cpl", paper="2310.13639", view="pairs", needs={"ref_logp", "step"}, claim=("gold_reward", "up", "style"))
+@method(
+    "cpl",
+    paper="2310.13639",
+    view="pairs",
+    needs={"ref_logp", "step"},
+    takes={"probability"},
+    claim=("gold_reward", "up", "style"),
+)
 class CPL(Method):
     """Contrastive Preference Learning: preferences compare discounted sums of log-probs, the optimal advantages.
 
@@ -27,8 +34,20 @@ class CPL(Method):
     cpo's preference term. For the first `bc_steps` steps the loss is -mean_t log pi alone. Published: alpha 0.1 and
     lambda 0.5; 0.2 and 0.75 with `kl`; lambda 1 with `bc_weight` 1. A reference-free sum over hundreds of tokens
     saturates the sigmoid at once: use `kl`, or `normalize: token` (alpha / |y|), for language models. At the reference
-    the form `kl` is log 2. Source: arXiv 2310.13639 and the authors' code (whose label is 1 when the second wins).
+    the form `kl` is log 2. Not there: the ranking of all segments of a batch by a score, for which pairs have none, and
+    segments after different prompts. Source: arXiv 2310.13639 and the authors' code (whose label is 1 when the second
+    wins).
     """
+
+    formula: ClassVar[str] = (
+        r"\text{plain:}\quad S(y) &= \sum_t \gamma^{k_t(y)} \log\pi(y_t) \\ "
+        r"\text{kl:}\quad S(y) &= \sum_t \gamma^{k_t(y)} h_t(y) \\ "
+        r"\mathcal{L} &= -p \log\sigma(\alpha (S(y_w) - \lambda S(y_l))) - (1 - p) \log\sigma(\alpha (S(y_l) - "
+        r"\lambda S(y_w))) - \frac{w_{\mathrm{bc}}}{|y_w|} \log\pi(y_w)"
+    )
+    when: ClassVar[str] = (
+        "Pick it for pairs of dialogues or of segments, where turns are discounted and likelihood should be kept up."
+    )
 
     alpha: float = option(0.1, above=0, doc="temperature: the advantage is alpha log pi")
     lambda_: float = option(0.5, above=0, at_most=1, doc="weight of the losing sum; below 1 conservative")
@@ -75,9 +94,7 @@ class CPL(Method):
         """Turns or scored tokens before each token, from 0 at the first that is scored."""
         if self.discount == "token":
             return completions.mask.cumsum(-1) - 1
-        step = completions.columns.get("step")
-        if step is None:
-            return torch.zeros_like(completions.mask, dtype=torch.long)
+        step = completions.step
         first = torch.where(completions.mask, step, torch.iinfo(step.dtype).max).amin(-1, keepdim=True)
         return (step - first).clamp(min=0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, Term, Unit, method, option
@@ -23,6 +25,14 @@ class CPO(Method):
     only. The ALMA repository's present trainer computes another loss. Source: arXiv 2401.08417, and TRL's CPO trainer
     for the reduction of the NLL.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} = -\frac{1}{P} \sum_{i=1}^{P} \log\sigma(\beta (\log\pi(y_{w,i}) - \log\pi(y_{l,i}))) - "
+        r"\lambda \frac{\sum_{i=1}^{P} \log\pi(y_{w,i})}{\sum_{i=1}^{P} |y_{w,i}|}"
+    )
+    when: ClassVar[str] = (
+        "Pick it when there is memory for one model only and the chosen answers are good enough to imitate."
+    )
 
     beta: float = option(0.1, above=0, doc="scale of the implicit reward")
     lambda_: float = option(1.0, at_least=0, doc="weight of the chosen response's token-mean NLL")

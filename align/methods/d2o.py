@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.core.errors import ConfigError
@@ -30,6 +32,11 @@ class D2O(Method):
     the negative itself gives beta / K against alpha: leave such samples out. Source: arXiv 2403.03419, Eq. 3, with
     one reference in both places, as in its experiments.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} = -\log\sigma\left(\frac{\beta}{K} \sum_{i=1}^{K} h(y_i) - \alpha h(y_l)\right)"
+    )
+    when: ClassVar[str] = "Pick it when you have bad answers only, as in safety data, and a model to sample from."
 
     alpha: float = option(0.1, above=0, doc="scale of the negative's log-ratio")
     beta: float = option(0.1, above=0, doc="scale of the samples' mean log-ratio")

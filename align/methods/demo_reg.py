@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic, nll, of_response
@@ -29,6 +29,14 @@ class DemoReg(Method):
     sft` and eta = mu / beta (or eta = mu per token). The theory's beta goes with the error of the clone, about
     1 / sqrt(number of demonstrations). Source: arXiv 2310.17303, Section 4; the offline form is derived.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma(\beta (h_w - h_l)) - \frac{\mu}{n} \log\pi(y_{\mathrm{demo}}) \\ "
+        r"\text{sum:}\quad n &= 1 \qquad \text{token mean:}\quad n = |y_{\mathrm{demo}}|"
+    )
+    when: ClassVar[str] = (
+        "Pick it when there are many demonstrations and few pairs: clone first, then stay near the clone."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL to the cloned policy, 0.05 to 0.5")
     mu: float = option(0.0, at_least=0, doc="weight of the demonstration's NLL")

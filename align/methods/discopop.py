@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -22,6 +24,12 @@ class DiscoPOP(Method):
     maximum at 0.072, so the first steps push margins down, and pairs may stay slightly below 0. tau is below 1, since
     from there on the exponential rules at negative margins too. Source: arXiv 2406.08414, its log-ratio modulated loss.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta (h_w - h_l) \qquad m = \sigma(z / \tau) \\ "
+        r"\mathcal{L} &= (1 - m) \log(1 + e^{-z}) + m e^{-z}"
+    )
+    when: ClassVar[str] = "Pick it to reproduce its paper; it is not monotone in the margin, so not a default."
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward")
     tau: float = option(0.05, above=0, below=1, doc="width of the change from logistic to exponential, in z")

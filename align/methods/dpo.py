@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -18,6 +20,9 @@ class DPO(Method):
     One value per pair [P], in nats; log 2 at the reference. Exact minimiser with infinite data:
     pi proportional to pi_ref exp(r / beta) for the Bradley-Terry reward r. Source: arXiv 2305.18290, Eq. 7.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = -\log\sigma(\beta (h_w - h_l))"
+    when: ClassVar[str] = "Pick it first: the default for pairs, and the method that most published numbers are for."
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash; larger moves the policy less")
 

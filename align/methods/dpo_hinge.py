@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -19,6 +21,9 @@ class HingeDPO(Method):
     cites SLiC, which has no reference (`slic`). Source: arXiv 2309.06657 (RSO), its hinge-norm loss with gamma for
     beta.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = \max(0, 1 - \beta (h_w - h_l))"
+    when: ClassVar[str] = "Pick it when a pair that is learnt should be left alone: its gradient stops at a margin."
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward; 1 / beta nats is the margin that counts")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -21,6 +23,11 @@ class LengthNormalisedDPO(Method):
     is dpo. Its beta is of another scale than dpo's: 5 to 10. Not simpo, which has no reference and a target margin.
     TRL's `sigmoid_norm`. Source: arXiv 2411.15124 (Tulu 3), its length-normalised DPO.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} = -\log\sigma\left(\beta \left(\frac{h_w}{|y_w|} - \frac{h_l}{|y_l|}\right)\right)"
+    )
+    when: ClassVar[str] = "Pick it when answers grow long under dpo: the reward is that of an average token."
 
     beta: float = option(5.0, above=0, doc="scale of the implicit reward per token, 5 to 10; not dpo's range")
 

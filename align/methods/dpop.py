@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -20,6 +22,12 @@ class DPOP(Method):
     same margin, the rejected one's is not. For pairs of small edit distance. Clip the gradient's norm: with lambda 50
     it leaps by a factor of 51 at the kink h_w = 0, where the gradient taken is dpo's. Source: arXiv 2402.13228.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = -\log\sigma(\beta (h_w - h_l - \lambda \max(0, -h_w)))"
+    when: ClassVar[str] = (
+        "Pick it for pairs that differ in few tokens, as in mathematics and code, where dpo lowers the chosen "
+        "answer too."
+    )
 
     beta: float = option(0.3, above=0, doc="strength of the KL leash")
     lambda_: float = option(50.0, at_least=0, doc="weight of the penalty, 5 to 500")

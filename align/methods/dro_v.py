@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -30,6 +32,11 @@ class DROV(Method):
     and V's gradient: 1 is the joint loss, 1/tau the paper's update; they agree at the default tau.
     Source: arXiv 2405.19107, Eqs. 9 and 10.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = \frac{1}{2} (r - V(x) - \tau h)^2"
+    when: ClassVar[str] = (
+        "Pick it when each prompt has one answer with a number as reward, and no second answer to compare with."
+    )
 
     tau: float = option(1.0, above=0, doc="strength of the KL leash, in units of the reward; normalise rewards first")
     policy_grad_scale: float = option(1.0, above=0, doc="factor on the policy's gradient; 1/tau is the paper's update")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ from align.scoring.views import Pairs
 LEAST = 1e-4
 
 
-@method("elr", paper="2007.00151", view="pairs", needs={"ref_logp", "key"}, claim=("margin", "down", "flipped", "dpo"))
+@method(
+    "elr",
+    paper="2007.00151",
+    view="pairs",
+    needs={"ref_logp", "key"},
+    claim=("gold_reward", "up", "flipped", "dpo"),
+)
 class ELR(Method):
     """Early-learning regularisation of dpo: each pair is held near what the policy thought of it on average so far.
 
@@ -30,6 +36,16 @@ class ELR(Method):
     (24 bytes a pair). Source: arXiv 2007.00151, Eqs. 6 and 9, and the authors' code; for pairs the classes are the two
     orders.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta (h_w - h_l) \qquad p = \operatorname{clip}(\sigma(z), 10^{-4}, 1 - 10^{-4}) \\ "
+        r"t_1 &\leftarrow m t_1 + (1 - m) \operatorname{sg}[p] \qquad t_2 \leftarrow m t_2 + (1 - m) "
+        r"\operatorname{sg}[1 - p] \\ "
+        r"\mathcal{L} &= -\log\sigma(z) + \lambda \log(1 - t_1 p - t_2 (1 - p))"
+    )
+    when: ClassVar[str] = (
+        "Pick it for two or more epochs on flipped labels: it holds a pair to what the policy thought of it early."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     m: float = option(0.7, at_least=0, below=1, doc="share of the past in a pair's target; 0.9 for asymmetric noise")

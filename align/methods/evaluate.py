@@ -79,6 +79,7 @@ def terms(
     view = make_bare_view(
         method.view, given[method.view] or [], requires=method.requires(), state=_state(method, state)
     )
+    view = view.only(method.reads())
     result = finish(method.loss(view), view)
     return Terms(result.terms, result.counts, method.observe(view))
 
@@ -162,7 +163,7 @@ class _Reader:
         return Pairs(
             chosen=self._member(rows, "chosen"),
             rejected=self._member(rows, "rejected"),
-            probability=self._numbers([row.get("probability", 1.0) for row in rows]),
+            probability=self._numbers(self._optional(rows, "pairs", "probability") or [1.0] * len(rows)),
             weight=self._numbers([row.get("weight", 1.0) for row in rows]),
             margin=None if margin is None else self._numbers(margin),
             baseline=None if baseline is None else self._member(rows, "baseline"),
@@ -235,6 +236,7 @@ class _Reader:
         lengths = [len(row["logp"]) for row in rows]
         defaults: dict[str, Any] = {"mask": 1, "step": 0}
         columns: dict[str, Tensor] = {}
+        present |= needed & {*_SCALAR_DEFAULTS, *defaults}
         for name in sorted(present & set(_SEQUENCES) | {"mask"}):
             default = defaults.get(name)
             filled = [(w, row.get(name, [default] * n)) for (w, row), n in zip(named, lengths, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,17 @@ class EXOPref(Method):
     nowhere else. h is the log-ratio to the reference summed over tokens. dL/dz = q_w q_l (z - logit(1 - eps)): at the
     reference 3.5 times dpo's for eps 0.001, and 0 as z falls: a pair that is strongly mis-ordered gets no gradient, so
     warm up with dpo where many are. It is mode-seeking, where dpo (forward KL to the same labels) covers modes. The
-    authors' code takes log p = (0, -10), which does not sum to 1. Source: arXiv 2402.00856, Eq. 16; TRL's `exo_pair`.
+    authors' code takes log p = (0, -10), which does not sum to 1, and divides both models' logits by the sampling
+    temperature, 0.8; log-probabilities here are of temperature 1. Source: arXiv 2402.00856, Eq. 16; TRL's `exo_pair`.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta_\pi (h_w - h_l) \qquad q = \sigma(z) \\ "
+        r"\mathcal{L} &= q \log\frac{q}{1 - \varepsilon} + (1 - q) \log\frac{1 - q}{\varepsilon}"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the policy should seek the main mode of good answers, and few pairs start strongly mis-ordered."
+    )
 
     beta_pi: float = option(0.5, above=0, doc="scale of the implicit reward; 0.5 on TL;DR and HH, 0.1 on IMDb")
     eps: float = option(1e-3, above=0, below=0.5, doc="label smoothing; at 0 the loss is infinite")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods._lists import kl_by, scores_of
@@ -25,6 +27,14 @@ class EXORW(Method):
     almost no gradient, so warm up with that where many lists start mis-ordered. Log-probabilities are of temperature 1;
     the authors' code divides both models' logits by the sampling temperature, 0.8. Source: arXiv 2402.00856.
     """
+
+    formula: ClassVar[str] = (
+        r"q_i &\propto e^{\beta_\pi h_i} \qquad p_i \propto e^{r_i / \beta_r} \\ "
+        r"\mathcal{L} &= \sum_{i=1}^{K} q_i \log\frac{q_i}{p_i}"
+    )
+    when: ClassVar[str] = (
+        "Pick it when each prompt has several scored samples of the starting model and the main mode is wanted."
+    )
 
     beta_pi: float = option(0.5, above=0, doc="scale of the implicit reward; 0.5 on TL;DR and HH, 0.1 on IMDb")
     beta_r: float = option(0.5, above=0, doc="temperature of the rewards, in their unit")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class FDPO(Method):
     Exponents stop at 80, where float32 still holds them; `clamped` is the share of responses beyond, which have no
     gradient through it. TRL's `f_alpha_divergence_coef` is 1 - alpha. Source: arXiv 2309.16240.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma(\beta \phi(h_w) - \beta \phi(h_l)) \\ "
+        r"\text{js:}\quad \phi(h) &= \log 2 + \log\sigma(h) \\ "
+        r"\text{reverse kl:}\quad \phi(h) &= h \\ "
+        r"\text{forward kl:}\quad \phi(h) &= -e^{-h} \\ "
+        r"\text{alpha:}\quad \phi(h) &= \frac{1 - e^{-\alpha h}}{\alpha} \\ "
+        r"\text{chi2 kl:}\quad \phi(h) &= e^h + h"
+    )
+    when: ClassVar[str] = (
+        "Pick it when diversity matters beside reward: another divergence than the reverse KL holds the policy."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the leash; smaller for forward_kl and alpha")
     divergence: Literal["js", "reverse_kl", "forward_kl", "alpha", "chi2_kl"] = option("js", doc="the f that anchors")

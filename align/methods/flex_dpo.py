@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,14 @@ class FlexDPO(Method):
     mean over the chosen tokens, or with `sft_reduction: sum` their sum. The paper's "adaptive" beta_l is a constant
     per run in its experiments, best near 0.8 beta_w. Source: arXiv 2406.07327, the objective as derived from its text.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma(\beta_w h_w - \beta_l h_l) - \frac{\gamma}{n} \log\pi(y_w) \\ "
+        r"\text{sum:}\quad n &= 1 \qquad \text{token mean:}\quad n = |y_w|"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the rejected answers' likelihood drops drastically under dpo and drags the chosen ones' with it."
+    )
 
     beta_w: float = option(0.1, above=0, doc="scale of the chosen response's log-ratio")
     beta_l: float = option(0.08, at_least=0, doc="scale of the rejected response's; at most beta_w")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods._lists import scores_of
@@ -23,6 +25,14 @@ class InfoNCA(Method):
     code adds 0.01 to the first response's score, which is not done here, and divides by its `temperature_alpha`, 0.0001
     in its recipe. Source: arXiv 2402.05369.
     """
+
+    formula: ClassVar[str] = (
+        r"q_i &\propto e^{\beta h_i} \qquad p_i \propto e^{r_i / \alpha} \\ "
+        r"\mathcal{L} &= -\sum_{i=1}^{K} p_i \log q_i"
+    )
+    when: ClassVar[str] = (
+        "Pick it when each prompt has several answers with rewards and dpo's behaviour is what you want."
+    )
 
     beta: float = option(0.01, above=0, doc="scale of the implicit reward")
     alpha: float = option(1.0, above=0, doc="temperature of the rewards; towards 0 only the best response counts")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,13 @@ class IPO(Method):
     authors are said to have used (TRL, HALOs). The two optima differ by a factor of the length: the target at tau 0.1
     is 5 nats for the whole pair in `sum`, 5 nats for every token in `token`. Source: arXiv 2310.12036, Eq. 17.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= \left(\Delta - \frac{1}{2 \tau}\right)^2 \\ "
+        r"\text{token:}\quad \Delta &= \frac{h_w}{|y_w|} - \frac{h_l}{|y_l|} \\ "
+        r"\text{sum:}\quad \Delta &= h_w - h_l"
+    )
+    when: ClassVar[str] = "Pick it for small, clean or repeated data: margins go to a finite target and no further."
 
     tau: float = option(0.1, above=0, doc="regularisation; the target margin is 1 / (2 tau)")
     normalize: Literal["token", "sum"] = option("token", doc="log-ratios per token, or summed as in the paper")

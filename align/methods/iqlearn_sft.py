@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from align.scoring.views import Completions, Demonstrations, wide
     "iqlearn_sft",
     paper="2409.01369",
     view="demonstrations",
-    needs={"logit", "logsumexp"},
+    needs={"logit", "logsumexp", "finished"},
     claim=("entropy", "up", "style", "sft"),
 )
 class IQLearnSFT(Method):
@@ -30,6 +32,9 @@ class IQLearnSFT(Method):
     30), so the first squares are hundreds: `warmup_steps` raises lambda linearly. The logits are the model's own, after
     its soft-cap. Source: arXiv 2409.01369, Eq. 14, and IQ-Learn's code.
     """
+
+    formula: ClassVar[str] = r"r_t &= q_t - \gamma v_{t+1} \\ \mathcal{L}_t &= v_t - q_t + \lambda r_t^2"
+    when: ClassVar[str] = "Pick it for demonstrations when answers should stay diverse at the quality of sft."
 
     lambda_: float = option(0.1, at_least=0, doc="weight of the squared reward; 0.01 to 1 is worth a scan")
     gamma: float = option(1.0, above=0, at_most=1, doc="discount of a token")
@@ -60,6 +65,5 @@ class IQLearnSFT(Method):
         following = place.flip(-1).cummin(-1).values.flip(-1)
         following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=width)
         after = torch.nn.functional.pad(v, (0, 1)).gather(-1, following)
-        finished = completions.columns.get("finished", torch.ones_like(mask[:, 0]))
-        known = mask & ((following < width) | finished[:, None])
+        known = mask & ((following < width) | completions.finished[:, None])
         return torch.where(known, wide(completions.logit) - self.gamma * after, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,13 @@ class KTO(Method):
     x_i. z0 is one number for the global batch: means of means per rank, as in TRL, are another estimate where ranks
     hold unequal shares. The gradient beta s (1 - s) is largest at h = z0. Source: arXiv 2402.01306, Eq. 8.
     """
+
+    formula: ClassVar[str] = (
+        r"z_0 &= \operatorname{sg}\left[\max(0, \operatorname{mean}_i(h(x_i, y'_i)))\right] \\ "
+        r"\text{desirable:}\quad \mathcal{L} &= w_D (1 - \sigma(\beta (h - z_0))) \\ "
+        r"\text{undesirable:}\quad \mathcal{L} &= w_U (1 - \sigma(\beta (z_0 - h)))"
+    )
+    when: ClassVar[str] = "Pick it for answers with a thumb up or down, not in pairs, of uneven numbers or with noise."
 
     beta: float = option(0.1, above=0, doc="how fast the value saturates")
     desirable_weight: float = option(1.0, at_least=0, doc="choose so that w_D n_D / (w_U n_U) is in 1 to 1.5")

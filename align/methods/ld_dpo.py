@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,14 @@ class LDDPO(Method):
     makes h' non-zero at the start). alpha 1, or equal lengths, is dpo; alpha 0 ignores the tail.
     Source: arXiv 2409.06411; TRL's `ld_alpha`.
     """
+
+    formula: ClassVar[str] = (
+        r"n &= \min(|y_w|, |y_l|) \qquad H(y) = \sum_{t \le n} h_t(y) + \alpha \sum_{t > n} h_t(y) \\ "
+        r"\mathcal{L} &= -\log\sigma(\beta (H(y_w) - H(y_l)))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when answers grow long under dpo: what lies beyond the shorter answer's length counts less."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     alpha: float = option(0.5, at_least=0, at_most=1, doc="weight of the longer response's tail; 0.3 to 0.6 is usual")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,6 +24,15 @@ class LiPO(Method):
     of two is dpo. The paper's text has a sign slip, log(1 + e^{-(s_i - s_j)}) being the loss of psi_i > psi_j.
     Source: arXiv 2402.01878, the pairwise logistic loss of its Section 3.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \\ "
+        r"\mathcal{L} &= -\frac{1}{n} \sum_{i,j:\, \psi_i > \psi_j} \log\sigma(s_i - s_j) \\ "
+        r"\text{sum:}\quad n &= 1 \qquad \text{mean:}\quad n = \max\left(1, \sum_{i,j:\, \psi_i > \psi_j} 1\right)"
+    )
+    when: ClassVar[str] = (
+        "Pick it when each prompt has several scored or ranked answers, and only their order should count."
+    )
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward")
     reduction: Literal["sum", "mean"] = option("sum", doc="over the ordered pairs of a list")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class LiPOLambda(Method):
     the data list the answers does not matter (a tie-break by index would favour the first). Source: arXiv 2402.01878,
     the lambda weights of its Section 3.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \qquad G_i = 2^{\psi_i} - 1 \qquad D_{i,j} = |G_i - G_j| \left|\frac{1}{\ln(1 + t_i)} - "
+        r"\frac{1}{\ln(1 + t_j)}\right| \\ "
+        r"\mathcal{L} &= -\frac{1}{n} \sum_{i,j:\, \psi_i > \psi_j} \operatorname{sg}[D_{i,j}] "
+        r"\log\sigma(s_i - s_j) \\ "
+        r"\text{sum:}\quad n &= 1 \qquad \text{mean:}\quad n = \max\left(1, \sum_{i,j:\, \psi_i > \psi_j} 1\right)"
+    )
+    when: ClassVar[str] = "Pick it when each prompt has several scored answers and which comes first matters most."
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward")
     reduction: Literal["sum", "mean"] = option("sum", doc="over the ordered pairs of a list")

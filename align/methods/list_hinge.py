@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,13 @@ class ListHinge(Method):
     reached 1 has no gradient. Pairs of equal scores contribute nothing. A list of two is dpo_hinge.
     Source: arXiv 2402.01878, the pairwise hinge loss of its Section 3.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \\ "
+        r"\mathcal{L} &= \frac{1}{n} \sum_{i,j:\, \psi_i > \psi_j} \max(0, 1 - (s_i - s_j)) \\ "
+        r"\text{sum:}\quad n &= 1 \qquad \text{mean:}\quad n = \max\left(1, \sum_{i,j:\, \psi_i > \psi_j} 1\right)"
+    )
+    when: ClassVar[str] = "Pick it for several scored answers a prompt when pairs that are learnt should be left alone."
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward; margins of 1 / beta nats count as learnt")
     reduction: Literal["sum", "mean"] = option("sum", doc="over the ordered pairs of a list")

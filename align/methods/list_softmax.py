@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.core.errors import ConfigError
@@ -24,6 +26,14 @@ class ListSoftmax(Method):
     make it dpo; scores that sum to 1 make it a cross-entropy whose minimum is their entropy. Scores below 0 would be
     pushed down without bound and are refused. Source: arXiv 2402.01878, the softmax loss of its Section 3.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \\ "
+        r"\mathcal{L} &= -\sum_{i=1}^{K} \psi_i \log\frac{e^{s_i}}{\sum_{j=1}^{K} e^{s_j}}"
+    )
+    when: ClassVar[str] = (
+        "Pick it for several answers a prompt whose scores are shares: one classification over the list."
+    )
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,13 @@ from align.methods.stages import logistic, sum_by
 from align.scoring.views import Pairs
 
 
-@method("mapl", paper="2505.12845", view="pairs", needs={"ref_logp", "contrasts"}, claim=("gold_reward", "up", "style"))
+@method(
+    "mapl",
+    paper="2505.12845",
+    view="pairs",
+    needs={"ref_logp", "contrasts", "scored_prompts"},
+    claim=("gold_reward", "up", "style"),
+)
 class MAPL(Method):
     """Multi-Level Aware Preference Learning: dpo, and preferences between prompts for fixed answers.
 
@@ -23,17 +31,36 @@ class MAPL(Method):
     stronger than after x_b. `align.data.constraints` makes the prompts, the same number of constraints on each side:
     prompts that are longer on one side alone teach that longer prompts win. (1 + lambda_1 + lambda_2) log 2 at the
     reference, log 2 for each contrast of equal prompts. In `inter` the unknown beta log Z(x) of both prompts cancels,
-    in `intra` it does not: a function f(x+) in the reference changes it. Prompt tokens are not scored (Rc-DPO's joint
-    pi(x, y) would score them). lambda_1 = lambda_2 = 0 is dpo. The form of `inter` and the weights are derived.
-    Source: arXiv 2505.12845; intra as in Rc-DPO, arXiv 2502.00814.
+    in `intra` it does not: a function f(x+) in the reference changes it. `score_prompt_tokens` is Rc-DPO's joint
+    pi(x, y): the prompts' tokens, from the first that differs within the row, enter h too, and what cancels in `intra`
+    is the unknown of the answer; `inter` stays as it is. lambda_1 = lambda_2 = 0 is dpo. The form of `inter` and the
+    weights are derived. Source: arXiv 2505.12845; intra as in Rc-DPO, arXiv 2502.00814.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma(\beta (h_w - h_l)) + \lambda_1 I + \lambda_2 J \\ "
+        r"I &= -\log\sigma(\beta (h(y \mid x_{+}) - h(y \mid x_{-}))) \\ "
+        r"J &= -\log\sigma(\beta (h(y_w \mid x_a) - h(y_l \mid x_a) - h(y_w \mid x_b) + h(y_l \mid x_b)))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when prompts state several constraints that code can check, and answers should heed each."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     lambda_1: float = option(1.0, at_least=0, doc="weight of contrasts of one answer after two prompts")
     lambda_2: float = option(1.0, at_least=0, doc="weight of contrasts of a pair after two prompts")
 
+    score_prompt_tokens: bool = option(False, doc="h of prompt and answer, instead of the answer after the prompt")
+
     def requires(self) -> frozenset[str]:
-        return frozenset({"ref_logp", "contrasts"} if self.lambda_1 or self.lambda_2 else {"ref_logp"})
+        if not self.lambda_1 and not self.lambda_2:
+            return frozenset({"ref_logp"})
+        return self.needs if self.score_prompt_tokens else self.needs - {"scored_prompts"}
+
+    def cautions(self) -> tuple[str, ...]:
+        if self.score_prompt_tokens and not self.lambda_1:
+            return ("mapl: `score_prompt_tokens` changes `intra` alone, and `lambda_1` is 0",)
+        return ()
 
     def loss(self, pairs: Pairs) -> dict[str, Term]:
         terms = {"preference": Term(logistic(self.beta * pairs.delta), "pair")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -25,6 +27,12 @@ class NCA(Method):
     alpha of 0.01 or less, one-hot p, is TRL's `nca_pair`. The authors' code adds 0.01 to the first response's score,
     which is not done here, and divides by its `temperature_alpha`, 0.0001 in its recipe. Source: arXiv 2402.05369.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \qquad p_i \propto e^{r_i / \alpha} \\ "
+        r"\mathcal{L} &= -\sum_{i=1}^{K} p_i \log\sigma(s_i) - \frac{1}{K} \sum_{i=1}^{K} \log\sigma(-s_i)"
+    )
+    when: ClassVar[str] = "Pick it for answers with rewards when the best answer's likelihood must not fall."
 
     beta: float = option(0.01, above=0, doc="scale of the implicit reward")
     alpha: float = option(1.0, above=0, doc="temperature of the rewards; towards 0 only the best response counts")

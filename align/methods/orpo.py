@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import log_odds, logistic, nll
 from align.scoring.views import Pairs
@@ -22,6 +24,14 @@ class ORPO(Method):
     The paper's text gives lambda 0.1 for Mistral and 0.2 to 0.25 for smaller models only from memory; 0.1, which is
     also TRL's default, stands.
     """
+
+    formula: ClassVar[str] = (
+        r"p(y) &= \pi(y)^{1 / |y|} \qquad o(y) = \frac{p(y)}{1 - p(y)} \\ "
+        r"\mathcal{L} &= -\log p(y_w) - \lambda \log\sigma\left(\log\frac{o(y_w)}{o(y_l)}\right)"
+    )
+    when: ClassVar[str] = (
+        "Pick it for a base model that has seen no SFT: likelihood and preference in one stage, no reference."
+    )
 
     lambda_: float = option(0.1, at_least=0, doc="weight of the odds-ratio term; TRL calls it beta")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ class PLDPO(Method):
     list that is all tied is 0, and one winner over tied others is exactly the likelihood that it comes first.
     Source: arXiv 2305.18290, App. A.3.
     """
+
+    formula: ClassVar[str] = (
+        r"s_i &= \beta h_i \\ "
+        r"\mathcal{L} &= -\sum_{i=1}^{K} \log\frac{e^{s_i}}{e^{s_i} + \sum_{j:\, \psi_j < \psi_i} e^{s_j}}"
+    )
+    when: ClassVar[str] = "Pick it when each prompt has a full ranking of several answers."
 
     beta: float = option(0.05, above=0, doc="scale of the implicit reward")
 

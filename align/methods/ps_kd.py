@@ -28,6 +28,14 @@ class PSKD(Method):
     Source: arXiv 2006.12000, Eqs. 5 and 8, and the authors' code.
     """
 
+    formula: ClassVar[str] = (
+        r"a &= \alpha_T \frac{e + 1}{E} \qquad H_t = -\sum_v p_{\mathrm{prev}}(v) \log\pi(v) \\ "
+        r"\mathcal{L}_t &= -(1 - a) \log\pi(y_t) + a H_t"
+    )
+    when: ClassVar[str] = (
+        "Pick it for several epochs of sft when calibration matters or demonstrations are of mixed quality."
+    )
+
     alpha_T: float = option(0.8, at_least=0, below=1, doc="share of the prediction in the targets of the last epoch")
     teacher: ClassVar[str] = "previous_epoch"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -21,6 +23,11 @@ class RegularisedDPO(Method):
     partly explained and has a smaller gradient than in dpo, a longer loser a larger one; alpha 0 is dpo. At the
     reference it is softplus(-alpha (|y_w| - |y_l|)). Source: arXiv 2403.19159.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = -\log\sigma(\beta (h_w - h_l) + \alpha (|y_w| - |y_l|))"
+    when: ClassVar[str] = (
+        "Pick it when the longer answer tends to win in your data and the policy should not learn length."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     alpha: float = option(0.01, at_least=0, doc="reward of a token of length, 0.01 to 0.05")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -22,6 +24,12 @@ class RobustDPO(Method):
     not compare losses of different eps. Not cDPO, whose correction has the other sign. Source: arXiv 2403.00409, its
     robust loss.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta (h_w - h_l) \qquad \ell(z) = -\log\sigma(z) \\ "
+        r"\mathcal{L} &= \frac{(1 - \varepsilon) \ell(z) - \varepsilon \ell(-z)}{1 - 2 \varepsilon}"
+    )
+    when: ClassVar[str] = "Pick it when a known share of the labels is flipped at random."
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     eps: float = option(0.1, at_least=0, below=0.5, doc="known rate of flipped labels")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from align.scoring.views import Completions, Pairs, wide
     "regret_pref",
     paper="2206.02231",
     view="pairs",
-    needs={"ref_logp", "token_reward", "value"},
+    needs={"ref_logp", "token_reward", "value", "finished"},
     claim=("gold_reward", "up", "style"),
 )
 class RegretPref(Method):
@@ -35,13 +35,24 @@ class RegretPref(Method):
     (`chosen_step_rewards`, `rejected_step_rewards`) and trains the value role alone. Source: arXiv 2206.02231, Eq. 3.
     """
 
+    formula: ClassVar[str] = (
+        r"\text{policy:}\quad A_t(y) &= \beta h_t(y) \qquad E(y) = 0 \\ "
+        r"\text{value:}\quad A_t(y) &= r_t(y) + V_{t+1}(y) - V_t(y) \qquad E(y) = \frac{1}{|y|} \sum_t (V_t(y) - "
+        r"\operatorname{sg}[r_t(y) + V_{t+1}(y)])^2 \\ "
+        r"\mathcal{L} &= -\log\sigma\left(\kappa \left(\sum_t A_t(y_w) - \sum_t A_t(y_l)\right)\right) + w_V "
+        r"\frac{E(y_w) + E(y_l)}{2}"
+    )
+    when: ClassVar[str] = (
+        "Pick it for segments that end in different states, such as answers that were cut, with a reward for each turn."
+    )
+
     kappa: float = option(1.0, above=0, doc="how sharply regret decides a preference")
     form: Literal["policy", "value"] = option("policy", doc="advantages of the policy, or of rewards and a value role")
     beta: float = option(0.1, above=0, doc="scale of the policy's advantage, with form policy")
     value_weight: float = option(1.0, at_least=0, doc="weight of the value's temporal difference, with form value")
 
     def requires(self) -> frozenset[str]:
-        return frozenset({"ref_logp"} if self.form == "policy" else {"token_reward", "value"})
+        return frozenset({"ref_logp"} if self.form == "policy" else {"token_reward", "value", "finished"})
 
     def loss(self, pairs: Pairs) -> dict[str, Term]:
         if self.form == "policy":
@@ -67,8 +78,7 @@ class RegretPref(Method):
         """V of the state after each token, [N, T]; 0 after the last scored token of a finished completion."""
         after = wide(completions.value)[:, 1:]
         left = completions.mask.flip(-1).cumsum(-1).flip(-1)
-        finished = completions.columns.get("finished", torch.ones_like(completions.mask[:, 0]))
-        return torch.where((left == 1) & finished[:, None], 0.0, after)
+        return torch.where((left == 1) & completions.finished[:, None], 0.0, after)
 
     def cautions(self) -> tuple[str, ...]:
         unused = "value_weight" if self.form == "policy" else "beta"

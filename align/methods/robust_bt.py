@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +26,24 @@ class RobustBT(Method):
         soft:     loss = c l(z) + (1 - c) l(-z)
         debias:   loss = (c l(z) - (1 - c) l(-z)) / (2c - 1),   c > 1/2
 
-    One value per pair [P], in nats; log 2 at the reference; dpo with c = 1, which is also what a pair has of which the
-    data say nothing. h is the log-ratio to the reference summed over tokens. soft is cdpo and debias is rdpo where eps
-    is 1 - c. mixture is at most -log(1 - c), and its gradient vanishes for z to -infinity: outliers are given up, and
-    so is a hard pair, so start it from a model trained with soft. At c = 1/2 it has no gradient at all. Source: the
-    flip mixture of the literature on noisy labels; derived.
+    One value per pair [P], in nats; log 2 at the reference; dpo with c = 1. c is the data's `probability`; without that
+    column they are refused. h is the log-ratio to the reference summed over tokens. soft is cdpo and debias is rdpo
+    where eps is 1 - c. mixture is at most -log(1 - c), and its gradient vanishes for z to -infinity: outliers are given
+    up, and so is a hard pair, so start it from a model trained with soft. At c = 1/2 it has no gradient at all. Source:
+    the flip mixture of the literature on noisy labels; derived.
     """
+
+    formula: ClassVar[str] = (
+        r"z &= \beta (h_w - h_l) \qquad \ell(z) = -\log\sigma(z) \\ "
+        r"\text{mixture:}\quad \mathcal{L} &= -\log(b \sigma(z) + (1 - b) \sigma(-z)) \qquad b = "
+        r"\operatorname{clip}(c, c_{\min}, c_{\max}) \\ "
+        r"\text{soft:}\quad \mathcal{L} &= c \ell(z) + (1 - c) \ell(-z) \\ "
+        r"\text{debias:}\quad \mathcal{L} &= \frac{c \ell(z) - (1 - c) \ell(-z)}{2 c - 1}"
+    )
+    when: ClassVar[str] = (
+        "Pick it when every pair has its own confidence, from votes, judges or an ensemble, and outliers should be "
+        "given up."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     kind: Literal["mixture", "soft", "debias"] = option("mixture", doc="how the confidence enters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,12 @@ class RPO(Method):
     public conventions differ by a factor of 200 in the weight of a token. With `sum`, dL/dlog pi(y_w) =
     -beta (sigmoid(-z) + eta): never zero. Source: arXiv 2405.16436, Eq. 4.4 and App. F; not TRL's old `rpo_alpha`.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma(\beta (h_w - h_l)) - \eta b \log\pi(y_{\mathrm{base}}) \\ "
+        r"\text{sum:}\quad b &= \beta \qquad \text{token mean:}\quad b = \frac{1}{|y_{\mathrm{base}}|}"
+    )
+    when: ClassVar[str] = "Pick it when the chosen answers' likelihood falls under dpo: the first remedy."
 
     beta: float = option(0.01, above=0, doc="strength of the KL leash")
     eta: float = option(0.005, at_least=0, doc="weight of the SFT term; 0.2 is usual with token_mean")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, Term, Unit, method, option
@@ -29,6 +31,15 @@ class RRPO(Method):
     dpo. Source: arXiv 2504.12083 and the authors' code, whose reference probabilities underflow in softmax().log();
     published settings beta/alpha: 0.1/0.01 (LLaVA-Video), 0.5/0.05 (LongVU), 0.9/0.01 (VideoChat2).
     """
+
+    formula: ClassVar[str] = (
+        r"u &= \sum_t M_t(y_w) h_t(y_w) - \sum_t M_t(y_l) h_t(y_l) \\ "
+        r"\mathcal{L} &= -\log\sigma(\beta u) + \alpha \sum_t D_t(y_w) \\ "
+        r"D_t(y) &= \operatorname{KL}(\pi_{\mathrm{ref}}(\cdot \mid x, y_{<t}) \,\|\, \pi(\cdot \mid x, y_{<t}))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the answers of a pair differ in a few phrases, and all else should stay as it was."
+    )
 
     beta: float = option(0.1, above=0, doc="scale of the margin, 0.1 to 0.9 in the paper")
     alpha: float = option(0.01, at_least=0, doc="weight of the chosen response's KL, a sum over tokens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
 
-@method("seppo", paper="2410.05255", view="pairs", needs={"ref_logp"}, claim=("demo_logp", "up", "style"))
+@method("seppo", paper="2410.05255", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class SePPO(Method):
     """Semi-Policy Preference Optimization: SPIN with a random earlier checkpoint, whose sample may be a second winner.
 
@@ -25,6 +27,15 @@ class SePPO(Method):
     normalising by length, which would make a noisy h steadier, cannot change it. Source: arXiv 2410.05255, Eqs. 7 and
     8, a method for diffusion models; the form for language models and its beta are derived, and untested in the paper.
     """
+
+    formula: ClassVar[str] = (
+        r"s &= \operatorname{sg}[\operatorname{sign}(h_w)] \\ "
+        r"\mathcal{L} &= -\log\sigma(\beta (h_w - s h_l))"
+    )
+    when: ClassVar[str] = (
+        "Pick it for demonstrations and saved checkpoints, where an older checkpoint may still be better than the "
+        "policy."
+    )
 
     beta: float = option(0.1, above=0, doc="scale of the implicit reward")
 

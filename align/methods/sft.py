@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ class SFT(Method):
     long answer counts as much as its tokens; `sequence` (unit `completion`, values [N]) gives each answer one vote.
     They agree where all lengths are equal. A completion's weight multiplies its tokens and never the divisor.
     """
+
+    formula: ClassVar[str] = (
+        r"\text{token:}\quad \mathcal{L}_t &= -\log\pi(y_t) \\ "
+        r"\text{sequence:}\quad \mathcal{L} &= -\frac{1}{|y|} \log\pi(y)"
+    )
+    when: ClassVar[str] = "Pick it when you have answers to imitate, and before any training on preferences."
 
     reduction: Literal["token", "sequence"] = option("token", doc="mean over all tokens, or over sequences' own means")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ class SFTFDiv(Method):
     only `tv` does not depend on it. The paper's other finding is a lower rate, 1/4 to 1/10 of sft's usual one: the
     default here. Source: arXiv 2507.00018; the functions follow from its Eq. for r = beta h + V with V = 0.
     """
+
+    formula: ClassVar[str] = (
+        r"\text{token:}\quad \mathcal{L}_t &= -\phi(\beta h_t) \\ "
+        r"\text{sequence:}\quad \mathcal{L} &= -\phi(\beta h) \\ "
+        r"\text{tv:}\quad \phi(r) &= r \\ "
+        r"\text{chi2:}\quad \phi(r) &= r - \frac{r^2}{4} \\ "
+        r"\text{rkl:}\quad \phi(r) &= 1 - e^{-u(r)} \qquad u(r) = \max(r, -20) \\ "
+        r"\text{hellinger:}\quad \phi(r) &= \frac{u(r)}{1 + u(r)} \qquad u(r) = \max(r, -0.9) \\ "
+        r"\text{js:}\quad \phi(r) &= \log(2 - e^{-u(r)}) \qquad u(r) = \max(r, -0.6)"
+    )
+    when: ClassVar[str] = (
+        "Pick it for demonstrations when the model should stay nearer to its start than sft leaves it."
+    )
 
     beta: float = option(1.0, above=0, doc="scale of the implicit reward; far smaller with level sequence")
     kind: Literal["tv", "chi2", "rkl", "hellinger", "js"] = option("chi2", doc="the divergence's function phi")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from align.methods.base import Method, Term, method, option
 from align.methods.stages import logistic, nll
 from align.scoring.views import Pairs
@@ -18,6 +20,13 @@ class SimPO(Method):
     paper's and TRL's gamma is beta * gamma_ratio (the official code's `gamma_beta_ratio` is ours). TRL adds an SFT
     term of weight 1 unless told otherwise; here its default is 0, as in the paper. Source: arXiv 2405.14734, Eq. 6.
     """
+
+    formula: ClassVar[str] = (
+        r"m &= \beta \left(\frac{\log\pi(y_w)}{|y_w|} - \frac{\log\pi(y_l)}{|y_l|} - \gamma_r\right) \\ "
+        r"\mathcal{L} &= -(1 - \varepsilon) \log\sigma(m) - \varepsilon \log\sigma(-m) - "
+        r"\frac{w_{\mathrm{sft}}}{|y_w|} \log\pi(y_w)"
+    )
+    when: ClassVar[str] = "Pick it when there is memory for one model only, or when answers grow long under dpo."
 
     beta: float = option(2.0, above=0, doc="scale of the implicit reward, 2 to 10; not the range of dpo's beta")
     gamma_ratio: float = option(0.5, at_least=0, doc="target margin divided by beta, in nats per token")

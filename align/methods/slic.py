@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,13 @@ class SLiC(Method):
     HALOs' code adds the policy's unreduced token log-probabilities as SFT term; this does not. TRL's `hinge` is
     `dpo_hinge`. Source: arXiv 2305.10425, the rank calibration loss.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} = \max(0, \delta - \log\pi(y_w) + \log\pi(y_l)) - \lambda \log\pi(y_{\mathrm{base}})"
+    )
+    when: ClassVar[str] = (
+        "Pick it when there is memory for one model only and a pair that is learnt should be left alone."
+    )
 
     delta: float = option(1.0, at_least=0, doc="margin in nats at which a pair counts as learnt")
     lambda_: float = option(0.1, at_least=0, doc="weight of the SFT term; 0.1 to 10 are tried")

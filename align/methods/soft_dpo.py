@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from align.methods._pairs import label_probability
-from align.methods.base import Method, method, option
+from align.methods._pairs import SoftLabels
+from align.methods.base import method
 from align.methods.stages import logistic
 from align.scoring.views import Pairs
 
@@ -19,24 +19,26 @@ from align.scoring.views import Pairs
     needs={"ref_logp", "probability", "margin", "ties"},
     claim=("margin", "down", "noisy", "dpo"),
 )
-class SoftDPO(Method):
+class SoftDPO(SoftLabels):
     """DPO with soft labels: the cross-entropy to a probability p that the chosen response is the better one.
 
         loss = -p log sigmoid(z) - (1 - p) log sigmoid(-z),   z = beta * (h_w - h_l)
 
     One value per pair [P], in nats; log 2 at the reference; dpo plus (1 - p) z. h is the log-ratio to the reference
     summed over tokens. p is the data's probability, or sigmoid(margin / T) of a difference of scores; below 1/2 the
-    pair is reversed, and where the data say nothing it is 1, which is dpo. Least at z = logit p: a tie pulls the margin
-    to 0, where `smpo` leaves it alone. Source: the cross-entropy form beside arXiv 2409.06691 and 2506.02698; derived.
+    pair is reversed, and 1 is dpo: data without the column are refused. Least at z = logit p: a tie pulls the margin to
+    0, where `smpo` leaves it alone. Source: the cross-entropy form beside arXiv 2409.06691 and 2506.02698; derived.
     """
 
-    beta: float = option(0.1, above=0, doc="strength of the KL leash")
-    T: float = option(1.0, above=0, doc="temperature of the labels: p = sigmoid(d / T), d the log-odds or the margin")
-    label: Literal["probability", "margin"] = option("probability", doc="what of the data p is made of")
-
-    def requires(self) -> frozenset[str]:
-        return frozenset({"ref_logp", "ties", self.label})
+    formula: ClassVar[str] = (
+        r"p &= \sigma(d / T) \qquad \text{probability:}\quad d = \log\frac{P}{1 - P} \qquad \text{margin:}\quad d = "
+        r"R \\ "
+        r"z &= \beta (h_w - h_l) \qquad \mathcal{L} = -p \log\sigma(z) - (1 - p) \log\sigma(-z)"
+    )
+    when: ClassVar[str] = (
+        "Pick it for pairs with a probability or two scores when a near-tie should pull the two answers together."
+    )
 
     def loss(self, pairs: Pairs) -> Tensor:
-        p = label_probability(pairs, self.label, self.T, self.id)
+        p = self.label_probability(pairs)
         return logistic(self.beta * pairs.delta, 1 - p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +29,17 @@ class SPAC(Method):
     log 2 if linear, and E grad g(y^) = 0. rho 0 is dpo with beta = 1 / eta. The loss that the authors ran is not known
     here: both forms are derived. Source: arXiv 2406.04274, the algorithm of its abstract.
     """
+
+    formula: ClassVar[str] = (
+        r"\mathcal{L} &= -\log\sigma\left(\frac{h_w - h_l}{\eta}\right) + \rho P \\ "
+        r"\text{logistic:}\quad P &= -\frac{1}{K} \sum_{i=1}^{K} \log\sigma\left(\frac{h_w - h(y_i)}{\eta}\right) \\ "
+        r"\text{linear:}\quad P &= \frac{1}{\eta} \left(\frac{1}{K} \sum_{i=1}^{K} h(y_i) - \frac{h_w + "
+        r"h_l}{2}\right)"
+    )
+    when: ClassVar[str] = (
+        "Pick it for rounds of sampling when the policy's own answers should not be trusted above the data; "
+        "experimental."
+    )
 
     eta: float = option(10.0, above=0, doc="step of the actor: 1 / beta of dpo")
     rho: float = option(0.1, at_least=0, doc="weight of the pessimism")

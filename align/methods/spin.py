@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from align.methods.base import Method, method, option
@@ -9,7 +11,7 @@ from align.methods.stages import logistic
 from align.scoring.views import Completions, Pairs
 
 
-@method("spin", paper="2401.01335", view="pairs", needs={"ref_logp"}, claim=("demo_logp", "up", "style"))
+@method("spin", paper="2401.01335", view="pairs", needs={"ref_logp"}, claim=("gold_reward", "up", "style"))
 class SPIN(Method):
     """Self-Play Fine-Tuning: dpo of human demonstrations against the previous iterate's own answers.
 
@@ -22,6 +24,9 @@ class SPIN(Method):
     the iteration before, take lambda 0.1 (5.0 in the last of three iterations) and a learning rate of 5e-7, then 1e-7.
     Source: arXiv 2401.01335, Eq. 4.7, and the authors' trainer.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = -\log\sigma(\lambda (h_w - h_l))"
+    when: ClassVar[str] = "Pick it when you have demonstrations, no preferences, and time for rounds of sampling."
 
     lambda_: float = option(0.1, above=0, doc="scale of the implicit reward; 5.0 in the authors' last iteration")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class TREG(Method):
     chat template, and the answer's token ids are those scored after the prompt itself. The wording is ours; two more
     passes of the reference per pair (`reference: cached` keeps them). Source: arXiv 2412.02685.
     """
+
+    formula: ClassVar[str] = (
+        r"r_t(y) &= \sigma(\log\pi_{\mathrm{ref}}(y_t \mid x_{\mathrm{better}}) - \log\pi_{\mathrm{ref}}(y_t \mid "
+        r"x_{\mathrm{worse}})) - \frac{1}{2} \\ "
+        r"R(y) &= -\sum_t \beta r_t(y) \log\pi(y_t) \qquad w = \operatorname{sg}[\sigma(-\beta (h_w - h_l))] \\ "
+        r"\mathcal{L} &= -\log\sigma(\beta (h_w - h_l)) + \alpha w (R(y_w) + R(y_l))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the credit of a pair should go to the tokens that make an answer better, with no reward model."
+    )
 
     beta: float = option(0.01, above=0, doc="strength of the KL leash")
     alpha: float = option(0.25, at_least=0, doc="weight of the token term; 0.1 to 0.5 in the paper")

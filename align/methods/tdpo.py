@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,16 @@ class TDPO(Method):
     rejected response is restrained; variant 1's gradient would raise K(y_w), hence the stop. Variant 2 with alpha 1 has
     variant 1's value, with alpha 0 it is dpo. Source: arXiv 2404.11999, Eqs. 13 and 16, and the authors' code.
     """
+
+    formula: ClassVar[str] = (
+        r"K(y) &= \sum_t \operatorname{KL}(\pi_{\mathrm{ref}}(\cdot \mid x, y_{<t}) \,\|\, \pi(\cdot \mid x, "
+        r"y_{<t})) \\ "
+        r"\text{1:}\quad \mathcal{L} &= -\log\sigma(\beta (h_w - h_l - (K(y_l) - K(y_w)))) \\ "
+        r"\text{2:}\quad \mathcal{L} &= -\log\sigma(\beta (h_w - h_l - \alpha (K(y_l) - \operatorname{sg}[K(y_w)])))"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the policy drifts on the rejected answers: their divergence is held token by token."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     alpha: float = option(ALPHA, at_least=0, doc="weight of the KL difference in variant 2")

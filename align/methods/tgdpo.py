@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ class TGDPO(Method):
     dpo or simpo, shares the tokenizer; a length-normalised one has a larger r_t: lower `alpha`.
     Source: arXiv 2506.14574 and the authors' code; the floor is ours.
     """
+
+    formula: ClassVar[str] = (
+        r"r_t(y) &= \operatorname{sg}[\beta_g (\log\pi_g(y_t) - \log\pi_{\mathrm{ref}}(y_t))] \\ "
+        r"f_t(y_w) &= \max(f_{\min}, 1 + \alpha r_t(y_w)) \qquad f_t(y_l) = \max(f_{\min}, 1 - \alpha r_t(y_l)) \\ "
+        r"\mathcal{L} &= -\log\sigma\left(\beta \left(\sum_t f_t(y_w) h_t(y_w) - \sum_t f_t(y_l) "
+        r"h_t(y_l)\right)\right)"
+    )
+    when: ClassVar[str] = (
+        "Pick it when a policy was trained on the pairs before and can say which tokens may move further."
+    )
 
     beta: float = option(0.1, above=0, doc="strength of the KL leash")
     alpha: float = option(0.5, at_least=0, doc="weight of the guide's token rewards")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,11 @@ class VPO(Method):
     z > log((1 - alpha) / alpha). alpha 0 is dpo; sign -1 with y_w is rpo of eta = alpha up to alpha * beta *
     log pi_ref(y_w); the two signs average to dpo. Source: arXiv 2405.19320, the offline objective and its online twin.
     """
+
+    formula: ClassVar[str] = r"\mathcal{L} = -\log\sigma(\beta (h_w - h_l)) + s \alpha \beta h(y_{\mathrm{base}})"
+    when: ClassVar[str] = (
+        "Pick it for offline pairs as a pessimistic dpo, or with the other sign for optimism in rounds of new data."
+    )
 
     alpha: float = option(0.01, at_least=0, doc="weight of the regulariser, 0.01 to 0.1")
     beta: float = option(0.1, above=0, doc="strength of the KL leash")

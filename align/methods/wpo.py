@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -33,6 +33,17 @@ class WPO(Method):
     TRL's, which multiplies without a clamp (`clamp: null` here). The loss of off-policy pairs is small, and shrinks:
     compare runs by reward, not by loss. Source: arXiv 2406.11827, Eqs. 3 to 5, and the authors' code.
     """
+
+    formula: ClassVar[str] = (
+        r"\omega(y) &= \frac{1}{|y|} \sum_t (\log\pi(y_t) - a_t(y)) \qquad W = \operatorname{sg}[\min(e^{\omega(y_w) "
+        r"+ \omega(y_l)}, W_{\max})] \\ "
+        r"\mathcal{L} &= -W \log\sigma(\beta (h_w - h_l)) \\ "
+        r"\text{sampled:}\quad a_t(y) &= \log\sum_v \pi(v)^2 \qquad \text{greedy:}\quad a_t(y) = \log\max_v \pi(v) "
+        r"\qquad \text{none:}\quad a_t(y) = 0"
+    )
+    when: ClassVar[str] = (
+        "Pick it when the answers come from other models: pairs that the policy would hardly write count less."
+    )
 
     beta: float = option(0.01, above=0, doc="strength of the KL leash")
     alignment: Literal["sampled", "greedy", "none"] = option("sampled", doc="what a token's probability is compared to")

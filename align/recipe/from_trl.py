@@ -12,6 +12,7 @@ import yaml
 from align.core.errors import AlignError, ConfigError, raise_all, suggestion
 from align.recipe import document, schema
 from align.recipe.document import Item
+from align.recipe.trl_data import streams_of
 from align.recipe.trl_keys import FORMER, NOT_NEEDED, REFUSED, STRAIGHT, method_of, trainer_of
 
 
@@ -258,23 +259,18 @@ class _Work:
             self.set("max_length", "data.max_length", length, says)
 
     def mixture(self, mixture: Any) -> None:
-        streams = []
+        streams: list[dict[str, Any]] = []
         for entry in mixture if isinstance(mixture, list) else ():
             if not isinstance(entry, dict) or not entry.get("path"):
                 self.fault("datasets", f"an entry of `datasets` is {entry!r}", mend="give `path:`")
                 return
-            stream = {"name": entry["path"], "split": entry.get("split", "train")}
-            stream |= {
-                ours: entry[key] for key, ours in (("name", "config"), ("data_dir", "data_dir")) if entry.get(key)
-            }
-            for key in ("data_files", "fraction"):
-                if entry.get(key) is not None:
-                    self.fault(
-                        "datasets",
-                        f"`{key}` of `{entry['path']}` has no counterpart",
-                        mend="name a file, or `max_rows`",
-                    )
-            streams.append(stream)
+            try:
+                streams += streams_of(entry)
+            except ConfigError as error:
+                self.fault("datasets", error.what, error.why, error.mend)
+            if entry.get("columns"):
+                says = f"`columns` of `{entry['path']}`: columns that nothing reads are left out"
+                self.say("datasets", self.given.get("datasets"), "data.train", says)
         self.set("datasets", "data.train", streams, "joined, as TRL joins them")
         if self.value("test_split_size"):
             self.fault(

@@ -73,7 +73,7 @@ def check_output(recipe: Recipe, uses: rules.Uses, clean: bool = True) -> None:
                 mend="name another folder, or write `resume: auto` to continue",
             )
         # A folder without a checkpoint has nothing that another recipe could continue wrongly.
-        if any(folder.glob("checkpoint-*")):
+        if any(folder.glob("checkpoint-*")) or any(folder.glob("round-*")):
             _refuse_changes(folder, before, now)
     if recipe.train.resume not in ("auto", "never"):
         start = Path(recipe.train.resume).expanduser().resolve().parent

@@ -20,6 +20,7 @@ _SECTIONS: tuple[tuple[str, type, str], ...] = (
     ("reference", sections.Reference, "Optional: for methods that read a reference"),
     ("train", sections.Train, "Required"),
     ("eval", sections.Eval, "Optional: with `data.eval` only"),
+    ("rounds", sections.Rounds, "Optional: without it there is one training"),
     ("provenance", sections.Provenance, "Optional"),
 )
 

@@ -14,7 +14,7 @@ import yaml
 from align.core.errors import AlignError, ConfigError, MissingExtra, suggestion
 from align.core.options import declared
 from align.recipe.sections import Recipe, Stream
-from align.recipe.streams import stream_faults
+from align.recipe.streams import round_faults, stream_faults
 
 _PAIR_METRICS = ("accuracy", "margin", "rewards/accuracies", "rewards/margins")
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
@@ -41,6 +41,7 @@ class Uses:
     reference: bool
     value: bool
     guide: bool = False
+    needs: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, method: Any) -> Uses:
@@ -50,6 +51,7 @@ class Uses:
             reference=any(name in ("ref_logp", "cross_entropy") or name.startswith("kl_") for name in needs),
             value="value" in needs,
             guide="anchor.guide" in needs,
+            needs=needs,
         )
 
 
@@ -74,11 +76,13 @@ def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
     if recipe.train.lr_scheduler_type == "constant":
         found["train.warmup_steps"] = "`constant` has no warm-up; `constant_with_warmup` has"
     if not recipe.data.eval:
-        # `eval.every: null` says the same once more, and is how a recipe that extends one with an evaluation drops it.
-        every = ("eval.every",) if recipe.eval.every is not None else ()
-        found |= dict.fromkeys((*every, "eval.best", "eval.patience"), "there is no `data.eval`")
+        found |= dict.fromkeys(("eval.every", "eval.best", "eval.patience"), "there is no `data.eval`")
     elif recipe.eval.every is None:
         found |= dict.fromkeys(("data.eval", "eval.best"), "`eval.every` is null")
+    if recipe.rounds is not None and not recipe.rounds.bootstrap:
+        found |= dict.fromkeys(("rounds.samples", "rounds.max_new_tokens"), "`rounds.bootstrap` is 0")
+    if recipe.rounds is not None and recipe.rounds.count == 2:
+        found["rounds.ensemble"] = "two rounds have no margins before the last"
     if recipe.eval.best is None:
         found.setdefault("eval.patience", "there is no `eval.best` to be patient about")
     return found
@@ -128,6 +132,8 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
             mend="add `model.peft`, or use `frozen`",
         )
     yield from _quantization(recipe, given)
+    if recipe.rounds is not None and uses is not None:
+        yield from round_faults(recipe, given, uses.view, uses.needs)
     for key, streams in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         yield from _streams(key, streams, given)
     yield from _paths(recipe, given)

@@ -22,13 +22,20 @@ from align.recipe.sections import (
     Quantization,
     Recipe,
     Reference,
+    Rounds,
     Stream,
     Train,
 )
 
-_PLAIN: dict[str, type] = {"reference": Reference, "train": Train, "eval": Eval, "provenance": Provenance}
+_PLAIN: dict[str, type] = {
+    "reference": Reference,
+    "train": Train,
+    "eval": Eval,
+    "rounds": Rounds,
+    "provenance": Provenance,
+}
 _REQUIRED = ("model", "method", "data", "train")
-_SECTIONS = (*_REQUIRED, "reference", "eval", "provenance")
+_SECTIONS = (*_REQUIRED, "reference", "eval", "rounds", "provenance")
 _ELSEWHERE = {
     "per_device_train_batch_size": "set `train.global_batch_size`; memory is `train.tokens_per_micro_batch`",
     "gradient_accumulation_steps": "set `train.global_batch_size`; memory is `train.tokens_per_micro_batch`",

@@ -74,6 +74,7 @@ class Stream:
     filters: Any = option(None, doc="column -> condition for rows to keep (`>= 8`), or `recommended`")
     max_rows: int | None = option(None, at_least=1, doc="rows read, from the first; null: all")
     weight: float = option(1.0, above=0, doc="share of the stream in the mixture; all 1: streams are joined")
+    only: str | None = option(None, doc="JSON file with the ids of the rows to read, as errors name them")
     where: str = field(default="", compare=False)
 
 
@@ -143,6 +144,24 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Several trainings of one policy, each on the data that the one before chose and made.
+
+    `sera` (arXiv 2410.09362): from the second round on, the offline pairs of largest margin under the last policy, and
+    pairs of its own samples. Every round starts from the last policy; the reference stays the initial one.
+    """
+
+    kind: Literal["sera"] = option("sera", doc="how data are chosen")
+    count: int = option(3, at_least=2, doc="rounds; the first trains on everything")
+    keep: float = option(0.7, above=0, at_most=1, doc="share of the offline pairs that is kept; published 0.5 to 0.8")
+    bootstrap: float = option(0.3, at_least=0, doc="own pairs added, as a share of the offline pairs kept")
+    samples: int = option(4, at_least=2, doc="samples a prompt, R")
+    ensemble: float = option(0.3, at_least=0, at_most=1, doc="weight g of the margins of the round before the last")
+    per_token: bool = option(False, doc="log-ratios as means over tokens instead of sums")
+    max_new_tokens: int = option(256, at_least=1, doc="tokens of a sample, its end token included")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where the numbers of a recipe come from. Read by people."""
 
@@ -170,3 +189,4 @@ class Recipe:
     reference: Reference = field(default_factory=Reference)
     eval: Eval = field(default_factory=Eval)
     provenance: Provenance = field(default_factory=Provenance)
+    rounds: Rounds | None = None

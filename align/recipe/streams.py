@@ -1,13 +1,13 @@
-"""What can be said about a stream of a recipe before its data are opened."""
+"""What can be said about the streams of a recipe, and about rounds over them, before their data are opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError, ConfigError, suggestion
-from align.recipe.sections import Stream
+from align.recipe.sections import Recipe, Stream
 
 _WINNER = (
     "write a column, {chosen: COLUMN, rejected: COLUMN}, or {column: LABEL, values: {VALUE: COLUMN, VALUE: COLUMN}, "
@@ -30,6 +30,56 @@ def stream_faults(stream: Stream, owner: str, given: Mapping[str, str], where: s
                     why=f"`{stream.name}` is a file or folder, and no hub id",
                     mend="remove it",
                 )
+
+
+_BESIDE = ("probability", "margin", "samples", "baseline", "contrasts", "token_reward")
+"""Columns of the rows that a policy's own samples do not have."""
+
+
+def round_faults(recipe: Recipe, given: Mapping[str, str], view: str, needs: Collection[str]) -> Iterator[AlignError]:
+    """Yield what `rounds` does not go with."""
+    where = given.get("rounds.kind", "") or next((at for key, at in given.items() if key.startswith("rounds.")), "")
+    name = recipe.method.name
+    found: list[tuple[bool, str, str, str]] = [
+        (view != "pairs", f"`{name}` reads {view}", "SeRA chooses pairs", "take a method on pairs"),
+        (
+            recipe.data.pairs != "best_worst",
+            f"`data.pairs: {recipe.data.pairs}`",
+            "a row is kept or left out as one pair",
+            "write `best_worst`",
+        ),
+        (
+            any(stream.weight != 1 for stream in recipe.data.train),
+            "streams with a `weight`",
+            "the pairs kept are the mixture",
+            "leave `weight` out",
+        ),
+        (
+            recipe.model.peft is not None,
+            "`model.peft`",
+            "a round starts from the last one's whole policy",
+            "train all weights, or merge between runs of your own",
+        ),
+        (
+            recipe.reference.kind in ("ema", "adapter_off"),
+            f"`reference.kind: {recipe.reference.kind}`",
+            "the reference of every round is the initial model",
+            "write `frozen` or `cached`",
+        ),
+        (
+            recipe.train.resume not in ("auto", "never"),
+            "`train.resume` from a checkpoint",
+            "every round has checkpoints of its own",
+            "write `auto`",
+        ),
+    ]
+    missing = [column for column in _BESIDE if column in needs]
+    if missing and recipe.rounds is not None and recipe.rounds.bootstrap:
+        own = f"pairs of the policy's own samples have no `{missing[0]}`, which `{name}` reads"
+        found.append((True, "`rounds.bootstrap` above 0", own, "write `bootstrap: 0`"))
+    for wrong, what, why, mend in found:
+        if wrong:
+            yield ConfigError(f"`rounds` with {what}", where=where, why=why, mend=mend)
 
 
 def _columns(stream: Stream, owner: str, given: Mapping[str, str]) -> Iterator[AlignError]:

@@ -19,14 +19,14 @@ _ONLY = {
     "kto": ("desirable_weight", "undesirable_weight"),
     "bco": ("prompt_sample_size", "min_density_ratio", "max_density_ratio"),
     "sft": ("completion_only_loss", "assistant_only_loss", "packing", "dataset_text_field", "eval_packing"),
-    "dpo": ("f_divergence_type", "ld_alpha", "use_weighting", "loss_weights", "discopop_tau"),
+    "dpo": ("f_divergence_type", "ld_alpha", "use_weighting", "loss_weights", "discopop_tau", "rpo_alpha"),
 }
 """Keys that only one configuration has."""
 _LOSSES = {
     "kto": ("kto", "apo_zero_unpaired"),
     "bco": ("bco",),
     "sft": ("nll", "dft", "chunked_nll"),
-    "cpo": ("simpo",),
+    "cpo": ("simpo", "alphapo"),
     "dpo": [
         "sigmoid_norm",
         "exo_pair",
@@ -124,6 +124,7 @@ FORMER: dict[str, str] = {
     "overwrite_output_dir": "a used folder is resumed or refused: `train.resume`",
     "logging_dir": "the log is in the run's folder",
     "group_by_length": "micro-batches are balanced by tokens",
+    "rpo_alpha": "an option of earlier DPOTrainers",
 }
 """Keys that TRL or transformers had and dropped."""
 
@@ -166,68 +167,155 @@ def _losses(item: Item | None) -> list[str]:
 
 def _dpo(work: _Work) -> None:
     losses = _losses(work.given.get("loss_type")) or ["sigmoid"]
-    work.value("loss_weights")
-    if len(losses) > 1:
-        mend = "choose one"
-        if set(losses) == {"sigmoid", "sft"}:
-            mend = (
-                "`rpo` with `sft_reduction: token_mean` is DPO and SFT; its mean is over each answer, then over pairs"
-            )
-        work.fault("loss_type", f"several losses at once: {', '.join(losses)}", "a method is one objective", mend)
-        return
-    changed = {
-        "f_divergence_type": "reverse_kl" if losses[0] != "sigmoid" else work.value("f_divergence_type"),
-        "ld_alpha": None,
-        "use_weighting": False,
-    }
-    for key, plain in changed.items():
-        if work.value(key) != plain:
-            why = "it changes the loss, and no method here is that"
-            work.fault(key, f"`{key}: {work.value(key)}` has no counterpart", why, "see `align methods`")
+    weights = _weights(work, losses)
+    changed = _changed(work)
     beta, smoothing = float(work.value("beta")), float(work.value("label_smoothing"))
+    if len(losses) > 1:
+        if sorted(losses) == ["sft", "sigmoid"] and not changed:
+            share = dict(zip(losses, weights, strict=True))
+            _rpo(work, "loss_weights", beta, share["sft"] / share["sigmoid"])
+            _unread(work, "sigmoid", smoothing)
+        else:
+            said = ", ".join([*losses, *(f"`{key}`" for key in changed)])
+            why = "a method is one objective; of sums, `sigmoid` and `sft` alone have a counterpart, `rpo`"
+            work.fault("loss_type", f"several losses at once: {said}", why, "choose one, or write a method of your own")
+        return
     loss = losses[0]
-    if loss == "sigmoid":
-        _sigmoid(work, beta, smoothing)
+    if loss == "sft":
+        changed = [key for key in changed if key != "f_divergence_type"]  # TRL's `sft` does not read it
+    if changed:
+        _changed_loss(work, loss, changed, beta, smoothing)
+    elif loss == "sigmoid":
+        work.set("loss_type", "method.name", "dpo")
+        _scale(work, "beta", beta)
+        _unread(work, loss, smoothing)
     elif loss == "ipo":
         work.set("loss_type", "method.name", "ipo", "log-ratios per token, as in TRL")
-        work.set("beta", "method.tau", beta)
+        _scale(work, "tau", beta)
         work.recipe["method"]["normalize"] = "token"
+        _unread(work, loss, smoothing)
     elif loss == "exo_pair":
         work.set("loss_type", "method.name", "exo_pref")
-        work.set("beta", "method.beta_pi", beta)
+        _scale(work, "beta_pi", beta)
         if smoothing:
             work.set("label_smoothing", "method.eps", smoothing)
+        else:
+            work.say("label_smoothing", None, "", "TRL refuses 0 with `exo_pair`; `eps` is the paper's 0.001")
     elif loss in _PAIRWISE:
         _pairwise(work, loss, beta, smoothing)
     elif loss == "sft":
-        work.set("loss_type", "method.name", "sft", "on the chosen answers")
-        work.done.add("beta")
+        work.set("loss_type", "method.name", "sft", "on the chosen answers, a mean over the global batch's tokens")
+        work.done |= {"beta", "f_divergence_type", "f_alpha_divergence_coef"}
+        _unread(work, loss, smoothing)
     else:
         _absent(work, loss)
+
+
+def _scale(work: _Work, option: str, value: float) -> None:
+    """Write TRL's `beta`, and say where it is a default that differs from the method's own."""
+    name = work.recipe["method"]["name"]
+    cls = METHODS.get(name)
+    own = getattr(cls(), option)
+    differs = "beta" not in work.given and own != value
+    work.set("beta", f"method.{option}", value, f"TRL's default; that of `{name}` is {own:g}" if differs else "")
+
+
+def _unread(work: _Work, loss: str, smoothing: float) -> None:
+    if smoothing:
+        mend = "; conservative DPO is `cdpo` with `eps`" if loss == "sigmoid" else ""
+        says = f"TRL's `{loss}` does not read it either{mend}"
+        work.say("label_smoothing", work.given["label_smoothing"], "", says)
+
+
+def _weights(work: _Work, losses: list[str]) -> list[float]:
+    """TRL's `loss_weights`, one for each loss; a factor on everything is said, and left out."""
+    given = work.value("loss_weights")
+    weights = [1.0] * len(losses) if given is None else [float(weight) for weight in given]
+    if len(weights) != len(losses) or min(weights) <= 0:
+        what = f"`loss_weights: {given}` for `loss_type: {losses}`"
+        work.fault("loss_weights", what, mend="give one weight above 0 for each loss")
+        return [1.0] * len(losses)
+    common = weights[losses.index("sigmoid")] if "sigmoid" in losses else weights[0]
+    if given is not None:
+        says = "one loss of weight 1" if len(losses) == 1 else "see `method.eta`"
+        if common != 1:
+            says = (
+                f"the whole loss is divided by {common:g}: AdamW's step does not depend on it; divide `max_grad_norm` "
+                "by it too for the same clipping"
+            )
+        work.say("loss_weights", work.given.get("loss_weights"), "", says)
+    return weights
+
+
+def _changed(work: _Work) -> list[str]:
+    """The keys beside `loss_type` that make another objective, all of them then done."""
+    coefficient = float(work.value("f_alpha_divergence_coef"))
+    kind = work.value("f_divergence_type")
+    plain = kind == "reverse_kl" or (kind == "alpha_divergence" and abs(coefficient - 1) < 1e-6)
+    if plain and kind != "reverse_kl":
+        says = "with a coefficient of 1 this is the reverse KL of `dpo`"
+        work.say("f_divergence_type", work.given["f_divergence_type"], "", says)
+    former = work.given.get("rpo_alpha")
+    return [
+        *(["f_divergence_type"] if not plain else []),
+        *(["ld_alpha"] if work.value("ld_alpha") is not None else []),
+        *(["use_weighting"] if work.value("use_weighting") else []),
+        *(["rpo_alpha"] if former is not None and former.plain() is not None else []),
+    ]
+
+
+_VARIANTS = {"f_divergence_type": "f_dpo", "ld_alpha": "ld_dpo", "use_weighting": "wpo", "rpo_alpha": "rpo"}
+"""A key that changes `sigmoid` -> the method that this is."""
+
+
+def _changed_loss(work: _Work, loss: str, changed: list[str], beta: float, smoothing: float) -> None:
+    """`sigmoid` with one of these keys is a method; another loss with one, or `sigmoid` with two, is none."""
+    if loss != "sigmoid" or len(changed) > 1:
+        for key in changed:
+            value = work.given[key].plain()
+            beside = f"`loss_type: {loss}`" if loss != "sigmoid" else " and ".join(k for k in changed if k != key)
+            mend = f"`{key}` with `loss_type: sigmoid` alone is `{_VARIANTS[key]}`: drop it, or what is beside it"
+            work.fault(key, f"`{key}: {value}` beside {beside} has no counterpart", "no method here is that", mend)
+        return
+    key = changed[0]
+    if key == "f_divergence_type":
+        _divergence(work)
+        if "method" in work.recipe:
+            _scale(work, "beta", beta)
+    elif key == "ld_alpha":
+        work.set("loss_type", "method.name", "ld_dpo")
+        work.set(key, "method.alpha", float(work.value(key)))
+        _scale(work, "beta", beta)
+    elif key == "use_weighting":
+        says = "`clamp: null`, as TRL does not cut weights above 1; the authors and `wpo`'s default do"
+        work.set("loss_type", "method.name", "wpo")
+        work.set(key, "method.clamp", None, says)
+        _scale(work, "beta", beta)
+    else:
+        _rpo(work, key, beta, float(work.value(key)))
+    _unread(work, loss, smoothing)
+
+
+def _rpo(work: _Work, key: str, beta: float, eta: float) -> None:
+    work.set("loss_type", "method.name", "rpo")
+    _scale(work, "beta", beta)
+    says = "TRL's SFT term is a mean over the chosen tokens of a micro-batch; here over each chosen answer, then pairs"
+    work.set(key, "method.eta", eta, says)
+    work.recipe["method"]["sft_reduction"] = "token_mean"
 
 
 def _pairwise(work: _Work, loss: str, beta: float, smoothing: float) -> None:
     ours, rate, says = _PAIRWISE[loss]
     work.set("loss_type", "method.name", ours, says)
-    work.set("beta", "method.beta", beta)
+    _scale(work, "beta", beta)
     if rate:
         work.set("label_smoothing", f"method.{rate}", smoothing)
-    elif smoothing:
-        work.say("label_smoothing", work.given["label_smoothing"], "", f"TRL's `{loss}` does not read it either")
+    else:
+        _unread(work, loss, smoothing)
     if loss == "discopop":
         work.set("discopop_tau", "method.tau", float(work.value("discopop_tau")))
     elif loss == "nca_pair":
         work.recipe["method"]["alpha"] = 0.01
-
-
-def _sigmoid(work: _Work, beta: float, smoothing: float) -> None:
-    if work.value("f_divergence_type") == "reverse_kl":
-        work.set("loss_type", "method.name", "dpo")
-    else:
-        _divergence(work)
-    work.set("beta", "method.beta", beta)
-    if smoothing:
-        work.say("label_smoothing", work.given["label_smoothing"], "", "TRL's `sigmoid` does not read it either")
 
 
 def _divergence(work: _Work) -> None:
@@ -236,11 +324,19 @@ def _divergence(work: _Work) -> None:
     if ours is None:
         work.fault("f_divergence_type", f"TRL has no `f_divergence_type: {theirs}`")
         return
+    coefficient = float(work.value("f_alpha_divergence_coef"))
+    if ours == "alpha" and not 0 <= coefficient < 1:
+        why = "the paper's alpha, 1 minus it, lies between 0 and 1; beyond, f has no such optimum"
+        work.fault("f_alpha_divergence_coef", f"`f_alpha_divergence_coef: {coefficient:g}`", why, "use 0 to 1")
+        return
+    if ours == "alpha" and not coefficient:
+        ours = "forward_kl"
+        work.say("f_alpha_divergence_coef", work.given["f_alpha_divergence_coef"], "", "alpha 1 is the forward KL")
     work.set("loss_type", "method.name", "f_dpo")
     work.set("f_divergence_type", "method.divergence", ours)
     if ours == "alpha":
-        alpha = 1 - float(work.value("f_alpha_divergence_coef"))
-        work.set("f_alpha_divergence_coef", "method.alpha", alpha, "the paper's alpha is 1 minus TRL's")
+        says = "the paper's alpha is 1 minus TRL's"
+        work.set("f_alpha_divergence_coef", "method.alpha", round(1 - coefficient, 12), says)
 
 
 def _absent(work: _Work, loss: str) -> None:
@@ -257,8 +353,13 @@ def _absent(work: _Work, loss: str) -> None:
     )
 
 
+def _one_loss(work: _Work, default: str) -> str:
+    """The one loss of a trainer that takes no list; several are an error, and the name is then all of them."""
+    return " and ".join(_losses(work.given.get("loss_type"))) or default
+
+
 def _kto(work: _Work) -> None:
-    (loss,) = _losses(work.given.get("loss_type")) or ["kto"]
+    loss = _one_loss(work, "kto")
     if loss != "kto":
         _absent(work, loss)
         return
@@ -271,14 +372,14 @@ def _kto(work: _Work) -> None:
 
 def _bco(work: _Work) -> None:
     work.set("loss_type", "method.name", "bco", "the centre is the mean of the two classes' means, as in the paper")
-    work.set("beta", "method.beta", float(work.value("beta")))
+    _scale(work, "beta", float(work.value("beta")))
     low, high = float(work.value("min_density_ratio")), float(work.value("max_density_ratio"))
     work.set("min_density_ratio", "method.clip", [low, high])
     work.done.add("max_density_ratio")
 
 
 def _sft(work: _Work) -> None:
-    (loss,) = _losses(work.given.get("loss_type")) or ["nll"]
+    loss = _one_loss(work, "nll")
     if loss not in ("nll", "chunked_nll"):
         _absent(work, loss)
         return
@@ -302,29 +403,40 @@ def _sft(work: _Work) -> None:
         work.say("assistant_only_loss", work.given.get("assistant_only_loss"), "", says)
 
 
+_CPO_MENDS = {
+    "hinge": "with `cpo_alpha: 0` it is beta times `slic` with `delta` 1 / beta and `lambda` 0: write that by hand",
+    "ipo": "`ipo` is that loss with a reference",
+}
+
+
 def _cpo(work: _Work) -> None:
-    (loss,) = _losses(work.given.get("loss_type")) or ["sigmoid"]
-    if loss != "simpo":
-        mend = "" if "cpo" in METHODS.entries() else "; method `cpo` is not here yet"
-        work.fault(
-            "loss_type",
-            f"CPOTrainer's `loss_type: {loss}` is not converted",
-            why="of CPOTrainer's losses `simpo` has a counterpart",
-            mend="write `loss_type: simpo`, or use another method" + mend,
-        )
-        return
+    loss = _one_loss(work, "sigmoid")
     if float(work.value("alpha") or 0):
         work.fault("alpha", "AlphaPO's `alpha` has no counterpart", "it changes the reward", "write `alpha: 0.0`")
-    beta = float(work.value("beta"))
-    work.set("loss_type", "method.name", "simpo")
-    work.set("beta", "method.beta", beta)
-    gamma = float(work.value("simpo_gamma"))
-    work.set("simpo_gamma", "method.gamma_ratio", gamma / beta, "divided by beta")
-    if work.value("label_smoothing"):
-        work.set("label_smoothing", "method.label_smoothing", float(work.value("label_smoothing")))
-    weight = float(work.value("cpo_alpha"))
-    says = "TRL's SFT term is a mean over all tokens of a micro-batch, prompts included; here over each chosen answer"
-    work.set("cpo_alpha", "method.sft_weight", weight, says if weight else "")
+        return
+    beta, smoothing, weight = (float(work.value(key)) for key in ("beta", "label_smoothing", "cpo_alpha"))
+    means = "TRL's SFT term is a mean over the chosen tokens of a micro-batch; here over "
+    if loss == "sigmoid":
+        work.set("loss_type", "method.name", "cpo")
+        _scale(work, "beta", beta)
+        work.set("cpo_alpha", "method.lambda", weight, means + "those of the global batch" if weight else "")
+        if smoothing:
+            why = "`cpo` is the paper's loss, without it"
+            work.fault("label_smoothing", f"`label_smoothing: {smoothing:g}` has no counterpart", why, "remove it")
+        if "simpo_gamma" in work.given:
+            work.say("simpo_gamma", work.given["simpo_gamma"], "", "unused: it belongs to `loss_type: simpo`")
+    elif loss in ("simpo", "alphapo"):
+        weight = 0.0 if loss == "alphapo" else weight  # TRL sets it so
+        work.set("loss_type", "method.name", "simpo", "AlphaPO with alpha 0" if loss == "alphapo" else "")
+        _scale(work, "beta", beta)
+        work.set("simpo_gamma", "method.gamma_ratio", float(work.value("simpo_gamma")) / beta, "divided by beta")
+        if smoothing:
+            work.set("label_smoothing", "method.label_smoothing", smoothing)
+        work.set("cpo_alpha", "method.sft_weight", weight, means + "each chosen answer, then pairs" if weight else "")
+    else:
+        why = "of CPOTrainer's losses `sigmoid` and `simpo` have a counterpart"
+        mend = _CPO_MENDS.get(loss, "write `loss_type: sigmoid` or `simpo`")
+        work.fault("loss_type", f"CPOTrainer's `loss_type: {loss}` is not converted", why, mend)
 
 
 def _orpo(work: _Work) -> None:

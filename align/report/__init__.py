@@ -14,6 +14,7 @@ from align.report.sections import (
     Table,
     Text,
     Tokens,
+    TokenValues,
     Verdict,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "Section",
     "Table",
     "Text",
+    "TokenValues",
     "Tokens",
     "Verdict",
     "data_page",

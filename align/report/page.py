@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from align.core.errors import AlignError
 from align.core.files import atomic_write
-from align.report import charts
+from align.report import charts, tokens
 from align.report.data import data_sections
 from align.report.sections import (
     Cell,
@@ -33,6 +33,7 @@ from align.report.sections import (
     Table,
     Text,
     Tokens,
+    TokenValues,
     Verdict,
 )
 from align.report.words import cut, decimals_of, number, visible
@@ -51,6 +52,7 @@ class _Limits:
     samples: int = 60
     characters: int = 8_000
     tokens: int = 4_000
+    values_of_tokens: int = 400
     code: int = 200_000
 
     def halved(self) -> _Limits:
@@ -209,10 +211,28 @@ class _Builder:
 
     def tokens(self, part: Tokens) -> dict[str, Any]:
         texts = []
-        for label, tokens in part.texts[: self.limits.samples]:
-            kept = tokens[: self.limits.tokens]
-            texts.append({"label": label, "tokens": kept, "left": len(tokens) - len(kept)})
+        for label, given in part.texts[: self.limits.samples]:
+            kept = given[: self.limits.tokens]
+            texts.append({"label": label, "tokens": kept, "left": len(given) - len(kept)})
         return {"texts": texts, "left": len(part.texts) - len(texts), "note": part.note}
+
+    def token_values(self, part: TokenValues) -> dict[str, Any]:
+        kept = part.rows[: self.limits.samples]
+        top = tokens.top_of(_token_numbers(kept))
+        shown = []
+        for row in kept:
+            prompt, left = cut(str(row["prompt"]), self.limits.characters)
+            answers = [tokens.answer(one, top, self.limits.values_of_tokens, part.unit) for one in row["answers"]]
+            place = str(row["row"]).rpartition("/")[2]
+            shown.append({"row": place, "prompt": prompt, "left": left, "answers": answers})
+        return {
+            "kind": "tokenvalues",
+            "rows": shown,
+            "left": len(part.rows) - len(kept),
+            "unit": part.unit,
+            "legend": tokens.legend(top) if top else None,
+            "note": part.note,
+        }
 
     def curve(self, part: Curve) -> dict[str, Any]:
         self.charts += 1
@@ -283,6 +303,7 @@ _MAKERS: dict[type, Any] = {
     Table: _Builder.table,
     Samples: _Builder.samples,
     Tokens: _Builder.tokens,
+    TokenValues: _Builder.token_values,
     Curve: _Builder.curve,
     Histogram: _Builder.histogram,
 }
@@ -311,6 +332,12 @@ def _numbers(cells: Iterable[Cell]) -> Iterator[float]:
             yield cell
         elif cell is not None and not isinstance(cell, str):
             yield from cell
+
+
+def _token_numbers(rows: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    for row in rows:
+        for one in row["answers"]:
+            yield from (token["value"] for token in one["tokens"] if "value" in token)
 
 
 def _points(count: int) -> str:

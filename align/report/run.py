@@ -11,9 +11,10 @@ from typing import Any
 
 from align.core.errors import CheckpointError
 from align.report.page import write_page
-from align.report.sections import Cell, Code, Curve, DataReport, Part, Section, Table, Verdict
+from align.report.sections import Cell, Code, Curve, DataReport, Part, Section, Table, TokenValues, Verdict
 
 LOG, RECIPE, PROVENANCE, REJECTED = "log.jsonl", "recipe.yaml", "provenance.json", "rejected.jsonl"
+TOKENS = "token_rewards.jsonl"
 PAGE = "report.html"
 _EVAL = "eval_"
 _CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -80,6 +81,8 @@ def run_sections(output_dir: str | Path) -> list[Section | Part]:
         found.append(Section("Curves", curves, note))
     if evaluations:
         found.append(_evaluation_table(evaluations))
+    if (folder / TOKENS).is_file():
+        found += _token_rewards(folder / TOKENS, chosen)
     rejected = folder / REJECTED
     if rejected.is_file():
         found.append(_rejected(rejected))
@@ -203,6 +206,29 @@ def _evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
     return Table("Evaluation", columns, rows, "The first evaluation is not the model before training.")
 
 
+def _token_rewards(path: Path, chosen: Mapping[str, Any] | None) -> list[Section]:
+    """The newest line, or that of the step whose policy was saved."""
+    entries, torn = _lines(path)
+    if chosen:
+        entries = [one for one in entries if chosen["policy_of"] == f"checkpoint-{one.get('step')}"]
+    if not entries:
+        return []
+    entry = entries[-1]
+    beta = f"{entry['beta']:g}"
+    text = (
+        f"Step {entry['step']}. Each token by what the method pays it, {beta} times the log-ratio of the policy to the "
+        "reference: blue where the policy finds it likelier, orange where less likely. It is an advantage (a "
+        "reward and the change of the value), not a value. The number of an answer is the sum over its tokens, its "
+        "implicit reward."
+    )
+    if entry.get("own_reward"):
+        text += " The rewards in the curves are another function of the same log-ratios, which this method has."
+    if torn:
+        text += f" {torn} lines of {TOKENS} could not be read."
+    part = TokenValues("Held-out answers, token by token", entry["rows"], "reward")
+    return [Section("Token rewards", [part], text)]
+
+
 def _rejected(path: Path) -> Table:
     entries, torn = _lines(path)
     kinds = [
@@ -211,7 +237,10 @@ def _rejected(path: Path) -> Table:
     ]
     places: dict[tuple[str, str], list[str]] = {}
     for kind, entry in zip(kinds, entries, strict=True):
-        places.setdefault(kind, []).append(f"{Path(str(entry.get('file'))).name}:{entry.get('row')}")
+        file = Path(str(entry.get("file"))).name
+        places.setdefault(kind, []).append(
+            f"{file}:{entry['line']}" if "line" in entry else f"{file} row {entry.get('row')}"
+        )
     rows: list[list[Cell]] = [
         [reason, kind, count, ", ".join(places[kind, reason][:_EXAMPLES])]
         for (kind, reason), count in Counter(kinds).most_common()

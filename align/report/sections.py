@@ -95,6 +95,22 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class TokenValues:
+    """Answers whose tokens are coloured by a number of each, of either sign; the numbers stand in a table too.
+
+    Args:
+        rows: `{"row", "prompt", "answers": [{"label", "total", "scored", "tokens": [{"text", "value"}], "left"}]}`, as
+            `align.scoring.token_view.told` gives them; a token without `value` is not coloured.
+        unit: what the number is: `nats`.
+    """
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    unit: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Code:
     """Text shown as it is, in a fixed width. `language` is its name for the reader: `yaml`."""
 
@@ -103,7 +119,7 @@ class Code:
     language: str = "text"
 
 
-Part = Verdict | Text | Table | Curve | Histogram | Samples | Tokens | Code
+Part = Verdict | Text | Table | Curve | Histogram | Samples | Tokens | TokenValues | Code
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from align.core.errors import DataError, ModelError
-from align.data.chat import Chat
-from align.data.encode import Encoder
+from align.data.chat import WithChat
 from align.data.groups import Message
 from align.data.rows import RowError
 
 Prompt = str | Sequence[Message]
 
 
-class PromptEncoder:
+class PromptEncoder(WithChat):
     """Turns prompts into ids, as `data.Tokeniser` does.
 
     Plain text gets the tokenizer's BOS once. Messages are rendered by the chat template with what asks the assistant to
@@ -23,18 +22,6 @@ class PromptEncoder:
     Args:
         chat_template: None or "model" for the tokenizer's own, else the text of a template or the path of a file.
     """
-
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
-        self.encoder = Encoder(tokenizer)
-        self._template = chat_template
-        self._chat: Chat | None = None
-
-    @property
-    def chat(self) -> Chat:
-        """Made (and checked) at the first conversation. Raises `ModelError` without a fit template."""
-        if self._chat is None:
-            self._chat = Chat(self.encoder, self._template)
-        return self._chat
 
     def __call__(self, prompt: Prompt, tools: Any = None) -> list[int]:
         """The ids of a prompt.

@@ -120,7 +120,7 @@ def read_prompts(
 
 def given_prompts(texts: Sequence[str]) -> PromptSet:
     """Prompts given on the command line."""
-    prompts = [Asked(RowId("-p", number), text, None) for number, text in enumerate(texts)]
+    prompts = [Asked(RowId("-p", number, line=number + 1), text, None) for number, text in enumerate(texts)]
     return PromptSet(prompts, RejectedLog(None, 1.0), "given prompts", "-p")
 
 
@@ -204,7 +204,7 @@ def _lines(name: str) -> Iterator[Asked | Hole]:
     if not lines:
         raise DataError("there are no rows", where=name)
     for number, line in enumerate(lines):
-        row_id = RowId(name, number)
+        row_id = RowId(name, number, line=number + 1)
         try:
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
         except UnicodeDecodeError:

@@ -49,12 +49,14 @@ DATA_COLUMNS = frozenset(
         "baseline",
         "samples",
         "contrasts",
+        "scored_prompts",
         "scores",
         "ranks",
         "marked",
         "step",
         "ties",
         "key",
+        "finished",
     }
 )
 PREVIOUS_COLUMNS = frozenset({"old_logp"})
@@ -375,11 +377,26 @@ def _lists(cls: type[Lists], branches: _Branches, shared: Mapping[str, Any]) -> 
     scores = completions.columns.get("reward")
     if scores is None and ranked:
         scores = branches.floats([share for own in own_ranks for share in win_shares(own)])
+    ones = torch.ones_like(completions.weight)
     return cls(
-        completions=completions,
+        # The completions' weights are those of their list (`_group_weight`), and must not count twice.
+        completions=replace(completions, columns={**completions.columns, "weight": ones}),
         group=branches.index(np.repeat(np.arange(len(sizes)), sizes).tolist()),
-        weight=branches.floats([1.0] * len(sizes)),
+        weight=branches.floats([_group_weight(group) for group in branches.groups]),
         scores=scores,
         ranks=branches.index(ranks) if ranked else None,
         **shared,
     )
+
+
+def _group_weight(group: TokenGroup) -> float:
+    """The weight of a list: that of its row, which the readers give to each of its completions."""
+    weights = {one.weight for one in group.completions}
+    if len(weights) != 1:
+        raise DataError(
+            f"the completions of a list have the weights {sorted(weights)}",
+            where=str(group.row),
+            why="a list is one unit, with one weight",
+            mend="give the row one `weight`",
+        )
+    return weights.pop()

@@ -6,9 +6,9 @@ Views hold tensors and arithmetic only, so a method can be evaluated on bare num
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -227,6 +227,16 @@ class Completions:
             role=tuple(self.role[i] for i in picked),
         )
 
+    def only(self, names: Collection[str]) -> Completions:
+        """The same without the columns that are not named; `logp` and `weight` stay."""
+        kept = {"logp", "weight", *names}
+        return replace(
+            self,
+            columns={name: column for name, column in self.columns.items() if name in kept},
+            anchors={name: column for name, column in self.anchors.items() if f"anchor.{name}" in kept},
+            rewards=self.rewards if "rewards" in kept else {},
+        )
+
     def detach(self) -> Completions:
         return replace(
             self,
@@ -246,10 +256,21 @@ class View:
     seed: int = field(default=0, kw_only=True)
 
     own_unit = "completion"
+    feedback: ClassVar[Mapping[str, str]] = {}
+    """Field -> the column that a method declares to see it; the field is None where it does not."""
 
     def counts(self) -> dict[str, int]:
         """Unit -> how many of it this view holds."""
         raise NotImplementedError
+
+    def only(self, names: Collection[str]) -> Self:
+        """The view without what these names do not declare: a method cannot read it, by a default in silence or so."""
+        changed: dict[str, Any] = {name: None for name, column in self.feedback.items() if column not in names}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Completions) and one.name not in changed:
+                changed[one.name] = value.only(names)
+        return replace(self, **changed)
 
     def weights(self) -> dict[str, Tensor]:
         """Unit -> weight of each of them, where the view has weights."""
@@ -284,6 +305,30 @@ class Pairs(View):
     contrast_pair: Tensor | None = None
 
     own_unit = "pair"
+    feedback: ClassVar[Mapping[str, str]] = {
+        "margin": "margin",
+        "baseline": "baseline",
+        "samples": "samples",
+        "sample_pair": "samples",
+        "contrasts": "contrasts",
+        "contrast_pair": "contrasts",
+    }
+
+    def only(self, names: Collection[str]) -> Self:
+        made = super().only(names)
+        if "probability" not in names:
+            object.__delattr__(made, "probability")
+        return made
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "probability":
+                raise ConfigError(
+                    "this view has no `probability`",
+                    mend="declare it: @method(..., needs={'probability'}), or takes={'probability'} where it may be 1",
+                )
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -317,6 +362,7 @@ class Singles(View):
     sample_of: Tensor | None = None
 
     own_unit = "completion"
+    feedback: ClassVar[Mapping[str, str]] = {"mismatched": "mismatched", "samples": "samples", "sample_of": "samples"}
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -352,6 +398,7 @@ class Lists(View):
     ranks: Tensor | None = None
 
     own_unit = "group"
+    feedback: ClassVar[Mapping[str, str]] = {"scores": "scores", "ranks": "ranks"}
 
     def __len__(self) -> int:
         return self.weight.shape[0]

@@ -119,6 +119,7 @@ def rows_for(method: Method, seed: int) -> list[dict[str, Any]]:
     for row, other in zip(rows, others, strict=True):
         row |= {"samples": [other["chosen"], other["rejected"]]} if "samples" in needs else {}
         row |= {"baseline": other["chosen"]} if "baseline" in needs else {}
+        row |= {"probability": 0.6 + 0.05 * (len(row["chosen"]) % 8)} if "probability" in needs else {}
         row |= {"chosen_step_rewards": [0.7], "rejected_step_rewards": [-0.2]} if "token_reward" in needs else {}
         asked = {"better": row["prompt"] + " Be brief.", "worse": row["prompt"] + " Write in verse."}
         kinds = [{"kind": "intra", "completion": row["chosen"], **asked}, {"kind": "inter", **asked}]

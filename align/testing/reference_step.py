@@ -30,7 +30,7 @@ def evaluate(
     """The finished terms of one batch; `state` is the method's initial one by default."""
     state = method.initial_state() if state is None else state
     view = make_bare_view(method.view, rows, requires=method.requires(), state=state, dtype=dtype, width=width)
-    return finish(method.loss(view), view)
+    return finish(method.loss(view.only(method.reads())), view)
 
 
 def direct_gradient(

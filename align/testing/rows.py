@@ -61,6 +61,8 @@ def random_completion(method: Method, rng: random.Random, longest: int = 6) -> R
         one["value"] = [rng.gauss(0, 1) for _ in range(length + 1)]
     if "reward" in needs:
         one["reward"] = rng.gauss(0, 1)
+    if "finished" in needs:
+        one["finished"] = rng.random() < 0.7
     if "label" in needs:
         one["label"] = rng.random() < 0.6
     if "key" in needs:

@@ -171,6 +171,7 @@ class TokenTree:
         columns["token_reward"] = torch.cat([torch.zeros_like(ref[s, a])[:, 1:], self.rewards[:, None]], -1)
         columns["reward"] = self.rewards
         columns["key"] = torch.arange(len(s))
+        columns["step"] = torch.zeros_like(self.tokens)
         columns["finished"] = torch.ones(len(s), dtype=torch.bool)
         others = {name: random_policy(self, seed, 0.3).logp[s, a] for seed, name in enumerate(self.anchors)}
         return Completions(mask=torch.ones_like(s, dtype=torch.bool), columns=columns, anchors=others)

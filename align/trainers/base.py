@@ -34,6 +34,7 @@ from align.trainers.loading import first_line
 from align.trainers.metrics import Meter
 from align.trainers.roles import RoleModule
 from align.trainers.step import PackedStep, StepResult
+from align.trainers.token_rewards import TokenRewardsLog
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class AlignTrainer(Trainer):
         self.guard = SignalGuard()
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self._restore = RestoreLogState(self)
-        for callback in (JsonlLog(), AfterStep(self), self._restore):
+        for callback in (JsonlLog(), AfterStep(self), self._restore, TokenRewardsLog(self)):
             self.add_callback(callback)
         self.add_callback(StopOnSignal(self.guard, self.world, self.args.device))
         if args.patience is not None:
@@ -128,6 +129,11 @@ class AlignTrainer(Trainer):
     @property
     def stopped_by_signal(self) -> bool:
         return self.guard.agreed
+
+    @property
+    def scored_module(self) -> Any:
+        """What is called to score without training it."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     # -- Trainer's hooks ------------------------------------------------------------------------------------------
 
@@ -207,7 +213,7 @@ class AlignTrainer(Trainer):
         groups = engine.ready(inputs.groups, seed)
         if not groups:
             logger.warning("step %d has no usable row, so no gradient", self.state.global_step)
-            return self._empty_step(engine)
+            return self._empty_step(engine, seed)
         if self.state.global_step == 0:
             self._check_step_zero(engine, groups)
         self._tell_epoch()
@@ -253,8 +259,8 @@ class AlignTrainer(Trainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _empty_step(self, engine: Engine) -> Tensor:
-        groups = [self.data.dummy()]
+    def _empty_step(self, engine: Engine, seed: int) -> Tensor:
+        groups = engine.ready([self.data.dummy()], seed)
         share = engine.share(groups)
         with synchronising(self.accelerator, engine.module, last=True):
             outputs = engine.outputs(share.micros[-1])
@@ -340,8 +346,7 @@ class AlignTrainer(Trainer):
             raise ConfigError("`evaluate` takes the data the trainer was made with", mend="give it as `eval_dataset`")
         if data is None:
             raise ConfigError("there is no evaluation data", mend="give eval_dataset, or `data.eval` in the recipe")
-        module = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        engine = self.engine_for(module)
+        engine = self.engine_for(self.scored_module)
         training = self.model.training
         self.model.eval()
         seed = derive(self.args.seed, "evaluate")

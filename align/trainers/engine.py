@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Engine:
         backend: packs trees for this model.
         column: where `ref_logp` comes from, or None.
         live: a frozen model for `kl_*`, or None.
+        live_samples: adds samples of the present policy to a batch, or None.
         guides: other frozen policies, by the names of their `anchor.` columns.
         budget: tokens per micro-batch.
     """
@@ -69,6 +70,7 @@ class Engine:
     world: int = 1
     column: Column | None = None
     live: Any = None
+    live_samples: Callable[[Sequence[TokenGroup], int], list[TokenGroup]] | None = None
     guides: Mapping[str, Column] = field(default_factory=dict)
     needed: ColumnsNeeded = field(init=False)
 
@@ -79,7 +81,9 @@ class Engine:
             self.requests[VALUE] = self.needed.value
 
     def ready(self, groups: Sequence[TokenGroup], seed: int) -> list[TokenGroup]:
-        """The batch with what only the whole batch can give: mismatched partners, where the method wants them."""
+        """The batch with what is not in its rows: mismatched partners, samples drawn now. A collective with these."""
+        if self.live_samples is not None and groups:
+            groups = self.live_samples(groups, seed)
         if "mismatched" in self.needed.data and groups:
             return add_mismatched(list(groups), seed)
         return list(groups)

@@ -21,6 +21,7 @@ from align.trainers.base import AlignTrainer
 from align.trainers.config import AlignConfig, default_learning_rate
 from align.trainers.data import RunData
 from align.trainers.engine import VALUE, Engine
+from align.trainers.live import live_samples
 from align.trainers.loading import (
     DTYPES,
     check_quantization,
@@ -119,6 +120,9 @@ class PreferenceTrainer(AlignTrainer):
                     mend="use ZeRO-2 or plain data parallelism",
                 )
             engine.live = live
+        engine.live_samples = live_samples(
+            self.method.live_samples(), roles, self.tokenizer, self.args, self.rank, self.world
+        )
         engine.guides = guides(self.args, backend, self.accelerator)
         return engine
 

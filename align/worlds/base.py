@@ -74,6 +74,10 @@ class World(ABC):
     def vocabulary(self) -> tuple[str, ...]:
         """All words of prompts and answers, each once."""
 
+    def better_writer(self) -> World:
+        """The same world with demonstrations that are worth imitating; itself where they are already."""
+        return self
+
     def near(self, prompt: str) -> list[str]:
         """Prompts that make as many demands as this one and differ in one of them; none unless a world says so."""
         return []

@@ -55,6 +55,16 @@ def lists(world: World, prompts: Sequence[str], texts: Texts, seed: int) -> Rows
     ]
 
 
+def shares(world: World, prompts: Sequence[str], texts: Texts, seed: int) -> Rows:
+    """`lists` whose `scores` are win shares, in 0 to 1: how many of the other answers an answer beats, ties half."""
+    rows = lists(world, prompts, texts, seed)
+    for row in rows:
+        gold = np.array(row["scores"])
+        beaten = (gold[:, None] > gold).sum(1) + 0.5 * ((gold[:, None] == gold).sum(1) - 1)
+        row["scores"] = (beaten / (len(gold) - 1)).tolist()
+    return rows
+
+
 def rewarded(world: World, prompts: Sequence[str], texts: Texts, seed: int) -> Rows:
     """`prompt`, `completion`, `reward`: one answer a prompt with its gold reward."""
     return [
@@ -94,10 +104,15 @@ def sampled(world: World, prompts: Sequence[str], texts: Texts, seed: int) -> Ro
 
 
 def played(world: World, prompts: Sequence[str], texts: Texts, seed: int) -> Rows:
-    """Pairs of self-play: `chosen` is a demonstration, `rejected` the model's own answer. Nobody compared them."""
+    """Pairs of self-play: `chosen` is a demonstration, `rejected` the model's own answer. Nobody compared them.
+
+    The demonstrations are those of a better writer than the starting model learnt from, which they could not teach
+    otherwise: it stands where their own distribution is.
+    """
     rows = []
+    writer = world.better_writer()
     for prompt, answers in _answered(prompts, texts):
-        shown = world.demonstrate(prompt, generator(seed, "played", world.id, prompt))
+        shown = writer.demonstrate(prompt, generator(seed, "played", world.id, prompt))
         if shown != answers[0]:
             rows.append(_pair(prompt, shown, answers[0]))
     return rows
@@ -115,9 +130,9 @@ def contrasted(world: World, prompts: Sequence[str], texts: Texts, seed: int) ->
             fits = world.reward(prompt, chosen) - world.reward(other, chosen)
             gap = fits - world.reward(prompt, rejected) + world.reward(other, rejected)
             asked = {"better": as_user(prompt), "worse": as_user(other)}
-            if fits > 0 and not any(one["kind"] == "intra" for one in contrasts):
+            if round(fits, 9) > 0 and not any(one["kind"] == "intra" for one in contrasts):
                 contrasts.append({"kind": "intra", **asked, "completion": as_assistant(chosen)})
-            if gap > 0 and not any(one["kind"] == "inter" for one in contrasts):
+            if round(gap, 9) > 0 and not any(one["kind"] == "inter" for one in contrasts):
                 contrasts.append({"kind": "inter", **asked})
         rows.append({**row, "contrasts": contrasts})
     return rows
@@ -127,6 +142,7 @@ KINDS: dict[str, Callable[[World, Sequence[str], Texts, int], Rows]] = {
     "pairs": pairs,
     "voted": voted,
     "lists": lists,
+    "shares": shares,
     "rewarded": rewarded,
     "labelled": labelled,
     "sampled": sampled,

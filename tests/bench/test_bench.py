@@ -60,7 +60,7 @@ def test_hh() -> None:
         assert "\n\nHuman:" not in row["chosen"] and row["chosen"] != row["rejected"]
 
 
-@pytest.mark.parametrize(("size", "millions"), [("7m", 7.2), ("59m", 59.2), ("0.8b", 752), ("2b", 2032)])
+@pytest.mark.parametrize(("size", "millions"), [("7m", 7.2), ("59m", 59.2)])
 def test_model_sizes(size: models.Size, millions: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", lambda *_, **__: None)
     monkeypatch.setattr(models, "word_tokenizer", lambda _: _Tokenizer())

@@ -77,7 +77,7 @@ def test_dpo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert zero["loss_if_equal"] == pytest.approx(math.log(2), abs=1e-6)
     assert zero["expected_equal"]
     assert zero["largest_difference"] <= 1e-4
-    rows = [ROWS[int(name.rpartition(":")[2])] for name in zero["row_ids"]]
+    rows = [ROWS[int(name.rpartition(":")[2]) - 1] for name in zero["row_ids"]]
     scored = [plain_logp(folder / "model", row, column) for row in rows for column in ("chosen", "rejected")]
     assert zero["scored_tokens"] == sum(count for _, count in scored)
     nats = -sum(total for total, _ in scored) / zero["scored_tokens"]
@@ -252,3 +252,13 @@ def test_what_advice_is_told(folder: Path, tmp_path: Path) -> None:
     facts = dataclasses.asdict(look(load(path), with_model=False).facts)
     assert (facts["rows"], facts["desirable"], facts["undesirable"], facts["chat_template"]) == (90, 30, 60, True)
     assert 0.2 < facts["too_long"] < 0.9
+
+
+@pytest.mark.parametrize("method", [{"name": "soft_dpo"}, {"name": "smpo", "label": "margin"}, {"name": "robust_bt"}])
+def test_data_without_what_the_method_is_about(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: dict[str, Any]
+) -> None:
+    assert main(["check", recipe(folder, tmp_path, method=method), "--max-duplicates", "none"]) == 2
+    said = capsys.readouterr().err
+    assert f"needs the `{method.get('label', 'probability')}` of each pair" in said
+    assert "pairs.jsonl" in said

@@ -70,7 +70,7 @@ def test_a_recipe_with_its_tokenizer(folder: Path, capsys: pytest.CaptureFixture
 def test_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", str(folder / "faulty.jsonl"), "--model", str(folder / "model")]) == 1
     printed = capsys.readouterr()
-    assert "faulty.jsonl:4" in printed.out
+    assert "faulty.jsonl:5" in printed.out
     assert "chosen and rejected are identical" in printed.out
     assert "not valid JSON" in printed.out
     assert "the winner is the longer answer in" in printed.out

@@ -11,6 +11,7 @@ import pytest
 from align.cli import demo, demo_page, demo_steps
 from align.cli.console import progress
 from align.cli.main import main
+from align.methods import METHODS as METHOD_REGISTRY
 from align.report import MAX_BYTES
 from align.worlds.start import Start
 from align.worlds.style import Style, gold_reward
@@ -95,3 +96,15 @@ def test_demo_numbers_are_new(tmp_path: Path) -> None:
     assert demo.next_free(tmp_path) == tmp_path / "demo-1"
     (tmp_path / "demo-1").mkdir()
     assert demo.next_free(tmp_path) == tmp_path / "demo-2"
+
+
+@pytest.mark.parametrize("name", sorted({*METHOD_REGISTRY.entries(), *demo_steps.names()}))
+def test_every_recipe_of_the_demo_trains(name: str, done: tuple) -> None:
+    """Two steps on the data that it names; `tgdpo` finds its guide in the demo's own dpo run."""
+    folder, small, made, _ = done
+    output, _ = small.train(name, made, ["train.max_steps=2", f"train.output_dir={folder / 'two' / name}"])
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    losses = [entry["train_loss"] for entry in log if "train_loss" in entry]
+    assert losses and np.isfinite(losses).all()
+    assert any("eval_loss" in entry for entry in log)
+    assert (output / "policy" / "manifest.json").exists() or (output / "policy").is_dir()

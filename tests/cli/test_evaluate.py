@@ -84,6 +84,9 @@ def test_table_and_page_have_the_numbers(capsys, folder):
     page = html.unescape((folder / "page.html").read_text())
     assert f"The policy wins {rate['value']:.1%}" in page and "command_rewards:length" in page
     assert saved["examples"][0]["prompt"] in page and "policy against start" in page
+    assert len(saved["tokens"]) == 4
+    for answer in (answer for one in saved["tokens"] for answer in one["answers"]):
+        assert f'<data class="score" value="{answer["total"]}">' in page
 
 
 def test_default_folder_adapter_and_no_reward(capsys, folder):
@@ -166,7 +169,7 @@ def test_bad_rows_are_named(capsys, folder):
     (folder / "some_bad.jsonl").write_text("\n".join([*rows[:60], "{", *rows[60:]]) + "\n")
     arguments = ("policy", "--against", "start", "--data", "some_bad.jsonl", *SHORT, "--output", "bad")
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and "1 rows left out" in out and "some_bad.jsonl:60" in out
+    assert code == 0 and "1 rows left out" in out and "some_bad.jsonl:61" in out
     (folder / "some_bad.jsonl").write_text("\n".join([*rows[:9], "{"]) + "\n")
     code, _, error = run(capsys, *arguments[:-1], "worse")
-    assert code == 2 and "1 of 10 rows are bad" in error and "some_bad.jsonl:9" in error
+    assert code == 2 and "1 of 10 rows are bad" in error and "some_bad.jsonl:10" in error

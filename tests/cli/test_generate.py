@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -66,7 +67,7 @@ def test_rows_carry_the_prompt_the_answer_and_where_they_come_from(model, tmp_pa
     assert report["chunks"] == 3
     assert [row["prompt"] for row in rows[::3]] == [pair["prompt"] for pair in pairs]
     assert [row["sample"] for row in rows[:4]] == [0, 1, 2, 0]
-    assert {row["row"] for row in rows} == {f"{source}:{number}" for number in range(5)}
+    assert {row["row"] for row in rows} == {f"{source}:{number}" for number in range(1, 6)}
     assert len({row["completion"] for row in rows[:3]}) == 3
     assert report["finished"] == sum(row["finished"] for row in rows)
     for row in rows:
@@ -113,9 +114,9 @@ def test_bad_rows_are_counted_with_their_place_and_the_rest_is_done(model, tmp_p
     assert [row["prompt"] for row in rows_of(out)] == ["one", "two"]
     assert report["rejected"]["count"] == 3
     places = {place: reason for reason, told in report["rejected"]["reasons"].items() for place in told["rows"]}
-    assert set(places) == {f"{source}:1", f"{source}:2", f"{source}:3"}
-    assert "too long" in places[f"{source}:3"]
-    assert f"{source}:1" in err
+    assert set(places) == {f"{source}:2", f"{source}:3", f"{source}:4"}
+    assert "too long" in places[f"{source}:4"]
+    assert f"{source}:2" in err
 
 
 FORMATS = [
@@ -145,8 +146,8 @@ def test_text_files_chat_and_system(model, tmp_path, capsys):
     code, _, err = run(capsys, model, "--prompts", str(source), "--output", str(out), *QUICK)
     assert code == 0
     assert [row["prompt"] for row in rows_of(out)] == ["first line", "second line"]
-    assert [row["row"] for row in rows_of(out)] == [f"{source}:0", f"{source}:2"]
-    assert f"an empty line ({source}:1)" in err
+    assert [row["row"] for row in rows_of(out)] == [f"{source}:1", f"{source}:3"]
+    assert f"an empty line ({source}:2)" in err
     assert "--chat asks them" in err
     out = tmp_path / "chat.jsonl"
     words = ("--prompts", str(source), "--output", str(out), "--system", "Be brief.", "--max-prompts", "1")
@@ -164,6 +165,24 @@ def test_prompts_on_the_command_line_print(model, capsys):
     assert out.count("--- -p:") == 4
     code, out, _ = run(capsys, model, "-p", "the cat", "--max-new-tokens", "3", "--json")
     assert json.loads(out)["rows"][0]["prompt"] == "the cat"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_alone(model, capsys, monkeypatch):
+    words = (model, "-p", "the cat", "-p", "a dog", "--n", "2", "--max-new-tokens", "3")
+    _, plain, err = run(capsys, *words)
+    assert "sampling" not in err
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        assert main(["generate", *words]) == 0
+        shown = sys.stderr.getvalue()
+    assert "sampling" in shown and "4/4" in shown
+    assert capsys.readouterr().out == plain
 
 
 def test_adapters_by_their_folder_or_over_a_model(model, adapter, tmp_path, capsys):

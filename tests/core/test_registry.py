@@ -11,7 +11,8 @@ import pytest
 
 from align.core.clashes import METHOD_CLASHES, Clash
 from align.core.errors import ConfigError
-from align.core.registry import METHODS, REQUIRED, Registry
+from align.core.options import declared
+from align.core.registry import METHODS, REQUIRED, Explained, Registry
 
 GADGET = '''
 """A gadget that cannot be imported, so reading it must not."""
@@ -69,6 +70,10 @@ def test_index_is_read_from_source(package: Path) -> None:
     assert alpha.declared == {"coupling": "batch"}
     assert alpha.options == {"size": 3, "lambda": 0.1, "name": REQUIRED, "limit": "math.inf"}
     assert beta.options == {**alpha.options, "size": 5, "extra": True}
+    assert alpha.doc == "First line.\n\nSecond line."
+    assert alpha.explained["size"] == Explained(3, "int", ">= 1", "size")
+    assert beta.explained["size"] == Explained(5, "int", "", "size")
+    assert beta.explained["lambda"] == Explained(0.1, "float", "", "weight")
     assert "gadgets.alpha" not in sys.modules
 
 
@@ -108,6 +113,8 @@ def test_index_and_classes_agree() -> None:
         cls = METHODS.get(name)
         assert (cls.id, cls.paper, cls.view, tuple(sorted(cls.needs))) == (name, entry.paper, entry.view, entry.needs)
         assert entry.summary
+        options = {option: (limits.describe(), limits.doc) for option, _, limits, _ in declared(cls)}
+        assert {option: (one.range, one.doc) for option, one in entry.explained.items()} == options
         assert dict(entry.options) == cls().describe()
 
 

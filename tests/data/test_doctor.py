@@ -17,8 +17,8 @@ from align.data.doctor import Limits, Plan, bad_share, crossed, examine, judge
 from align.data.doctor.benchmarks import Benchmarks
 from align.data.doctor.numbers import evenly, histogram, mean, quantiles, share
 from align.data.doctor.texts import language, refuses
-from align.data.doctor.tokens import measure, pieces
-from align.data.encode import Encoder
+from align.data.doctor.tokens import measure
+from align.data.encode import Encoder, pieces
 from align.data.groups import RowId
 from align.data.readers import reader_for
 from align.data.rows import RowError
@@ -90,7 +90,7 @@ def test_rows_and_reasons(report: dict[str, Any]) -> None:
         "a tie": ("dropped", 3),
     }
     places = [int(example["row"].rpartition(":")[2]) for example in reasons["a tie"]["examples"]]
-    assert places == [50, 51, 52]
+    assert places == [51, 52, 53]
     assert reasons["`rejected`: not text but int"]["examples"][0]["text"] == "7"
     assert report["identical"]["count"] == 1
     assert report["empty"]["count"] == 2
@@ -101,12 +101,12 @@ def test_duplicates_and_contradictions(report: dict[str, Any]) -> None:
     seen, rows = report["duplicates"], faulty_rows()
     prompts = [" ".join(rows[place]["prompt"].lower().split()) for place in KEPT]
     assert seen["prompts"]["count"] == len(prompts) - len(set(prompts)) == 3
-    # Row 33 differs from row 32 in the case and white space of its prompt alone.
+    # Line 34 differs from line 33 in the case and white space of its prompt alone.
     assert seen["rows"]["count"] == 2
     names = [[int(name.rpartition(":")[2]) for name in pair] for pair in seen["rows"]["examples"]]
-    assert names == [[30, 31], [32, 33]]
+    assert names == [[31, 32], [33, 34]]
     assert seen["contradictions"]["count"] == 1
-    assert [name.rpartition(":")[2] for name in seen["contradictions"]["examples"][0]] == ["40", "41"]
+    assert [name.rpartition(":")[2] for name in seen["contradictions"]["examples"][0]] == ["41", "42"]
 
 
 def test_refusals_annotators_margins_and_origins(report: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ def test_rendered_rows_mark_what_is_scored() -> None:
     rows = random_pairs(40, seed=6)
     tokenise = Tokeniser(tokenizer, "pairs", 512)
     samples = examine({"train": [rows]}, Plan(tokenise=tokenise)).report["streams"]["train"]["samples"]
-    places = [int(sample["row"].rpartition(":")[2]) for sample in samples]
+    places = [int(sample["row"].removeprefix("rows row ")) for sample in samples]
     assert places == [0, 8, 16, 24, 32]
     for place, sample in zip(places, samples, strict=True):
         row = rows[place]
@@ -362,7 +362,7 @@ def test_overlap_with_eval_and_benchmarks(tmp_path: Path) -> None:
     asked = {" ".join(row["prompt"].lower().split()) for row in held_out}
     report = examine({"train": [train], "eval": [held_out]}, Plan(benchmarks=[benchmark])).report
     assert (report["overlap"]["count"], report["overlap"]["of"]) == (len(known & asked), len(asked))
-    places = [tuple(int(name.rpartition(":")[2]) for name in pair) for pair in report["overlap"]["examples"]]
+    places = [tuple(int(name.rpartition(" ")[2]) for name in pair) for pair in report["overlap"]["examples"]]
     same = [(train[first]["prompt"], held_out[second]["prompt"]) for first, second in places]
     assert len(same) == min(3, len(known & asked))
     assert all(" ".join(one.lower().split()) == " ".join(other.lower().split()) for one, other in same)

@@ -164,8 +164,8 @@ def test_two_rows_are_one_pair(with_bos: Any, tmp_path: Path) -> None:
     data = prepare_data([path], Tokeniser(with_bos, "pairs"), rejected=log)
     assert (len(data), data.report["kept"], data.report["bad"], data.report["dropped"]) == (3, 1, 1, 1)
     assert data.report["reasons"] == {
-        "a tie": {"count": 1, "rows": [f"{path}:prompt:1"]},
-        "the last row has no partner": {"count": 1, "rows": [f"{path}:prompt:2"]},
+        "a tie": {"count": 1, "rows": [f"{path}:3"]},
+        "the last row has no partner": {"count": 1, "rows": [f"{path}:5"]},
     }
     (opened,) = open_sources([{"name": path, "axis": "verbosity"}])
     assert len(opened.source) == 3

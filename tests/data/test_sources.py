@@ -131,7 +131,7 @@ def test_a_source_travels_to_a_worker(tmp_path: Path) -> None:
 
 def test_row_ids_name_the_file_of_a_folder(tmp_path: Path) -> None:
     source = open_source(make("folder", tmp_path, ROWS))
-    assert str(source.row_id(5001)) == f"{tmp_path / 'set' / 'part2.jsonl'}:1"
+    assert str(source.row_id(5001)) == f"{tmp_path / 'set' / 'part2.jsonl'}:2"
 
 
 def test_index_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_sources_lie_end_to_end(with_bos: Any) -> None:
     data = prepare_data([random_pairs(5), random_pairs(7, seed=9)], Tokeniser(with_bos, "pairs"))
     assert len(data) == 12
     items = data.dataset.__getitems__([11, 0, 5])
-    assert [str(item.row) for item in items] == ["rows#2:6", "rows:0", "rows#2:0"]
+    assert [str(item.row) for item in items] == ["rows#2 row 6", "rows row 0", "rows#2 row 0"]
     with pytest.raises(IndexError):
         _ = data.dataset[12]
 
@@ -145,8 +145,8 @@ def test_the_report_counts_and_names_rows(with_bos: Any) -> None:
     report = prepared(with_bos, rows_with(bad)).report
     assert (report["rows"], report["looked"], report["kept"], report["bad"], report["dropped"]) == (40, 40, 35, 4, 1)
     assert report["reasons"] == {
-        "`chosen`: empty": {"count": 4, "rows": ["rows:2", "rows:4", "rows:6"]},
-        "too long for `max_length`": {"count": 1, "rows": ["rows:1"]},
+        "`chosen`: empty": {"count": 4, "rows": ["rows row 2", "rows row 4", "rows row 6"]},
+        "too long for `max_length`": {"count": 1, "rows": ["rows row 1"]},
     }
     assert report["read_as"] == {"rows": "read as: pairs, prompt = column `prompt`, winner = column `chosen`"}
     assert report["tokens"]["prompt"]["max"] > report["tokens"]["prompt"]["p50"] > 0
@@ -155,7 +155,7 @@ def test_the_report_counts_and_names_rows(with_bos: Any) -> None:
 def test_too_many_bad_rows_stop_before_training(with_bos: Any, tmp_path: Path) -> None:
     bad = {index: {"prompt": "q", "chosen": " ", "rejected": "b"} for index in (2, 4)}
     log = RejectedLog(tmp_path / "rejected.jsonl", 0.04)
-    with pytest.raises(DataError, match=r"2 of 40 rows are bad(.|\n)*2 x `chosen`: empty \(rows:2, rows:4\)"):
+    with pytest.raises(DataError, match=r"2 of 40 rows are bad(.|\n)*2 x `chosen`: empty \(rows row 2, rows row 4\)"):
         prepare_data([rows_with(bad)], Tokeniser(with_bos, "pairs"), rejected=log)
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert lines == [
@@ -229,6 +229,21 @@ def test_each_row_once_over_epochs_and_after_a_resume(tmp_path: Path) -> None:
     again.record(batch(4, 5, 6, 7, bad=(5, 6)))
     assert (again.bad, again.report()["reasons"]["`x`: wrong"]["count"], lines_of(path)) == (3, 3, [1, 3, 5, 6])
     assert not RejectedLog(path, 1.0).path.exists()  # type: ignore[union-attr]
+
+
+def test_rows_of_text_files_are_written_by_their_lines_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    rows = [RowId("a.jsonl", 3, line=4), RowId("b.jsonl:prompt", 1, line=3, file="b.jsonl"), RowId("c.parquet", 3)]
+    assert [str(row) for row in rows] == ["a.jsonl:4", "b.jsonl:3", "c.parquet row 3"]
+    holes = tuple(Hole(row, number, "x", "wrong") for number, row in enumerate(rows))
+    for resume in (False, True):
+        RejectedLog(path, 1.0, resume).record(GlobalBatch((), holes, tuple(rows)))
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [(one["file"], one.get("line"), one.get("row")) for one in entries] == [
+            ("a.jsonl", 4, None),
+            ("b.jsonl", 3, None),
+            ("c.parquet", None, 3),
+        ]
 
 
 def test_the_running_fraction_stops_and_looked_rows_count_once() -> None:

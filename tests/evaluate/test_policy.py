@@ -164,6 +164,13 @@ def test_pairs_by_plain_forwards(done, folder):
     assert pairs.accuracy_per_token.value == better_per_token / len(ROWS)
     assert pairs.implicit_accuracy.value == implicit / len(ROWS)
     assert pairs.margin.value == pytest.approx(np.mean(margins), abs=1e-3)
+    shown = done[0].tokens
+    assert [one["row"] for one in shown] == [row["row"] for row in done[1][:4]]
+    totals = [{answer["label"]: answer["total"] for answer in one["answers"]} for one in shown]
+    assert [one["chosen"] - one["rejected"] for one in totals] == pytest.approx(margins[:4], abs=1e-3)
+    for answer in (answer for one in shown for answer in one["answers"]):
+        assert sum(token.get("value", 0.0) for token in answer["tokens"]) == pytest.approx(answer["total"], abs=1e-9)
+        assert answer["scored"] == sum("value" in token for token in answer["tokens"]) > 1
 
 
 def test_lengths_and_completions(done, sides):
@@ -238,12 +245,22 @@ def test_without_a_reward_and_at_temperature_0(sides, held_out, tmp_path):
         Settings(n=0)
 
 
+def test_one_pair_of_a_prompt_is_shown_by_tokens(sides, held_out, tmp_path):
+    prompts = [replace(one, pairs=one.pairs * 2) for one in held_out.prompts[:2]]
+    bare = replace(held_out.prompts[2], pairs=())
+    short = Settings(sampling=SamplingParams(max_new_tokens=4))
+    found = evaluate_policy(*sides, replace(held_out, prompts=[bare, *prompts]), tmp_path, settings=short)
+    assert found.pairs.pairs == 4
+    assert [one["row"] for one in found.tokens] == [str(one.row) for one in prompts]
+
+
 def test_another_tokenizer(sides, held_out, tmp_path, folder):
     other = AutoTokenizer.from_pretrained(folder / "start")
     other.add_tokens(["<extra>"])
     baseline = replace(sides[1], tokenizer=other)
     found = evaluate_policy(sides[0], baseline, held_out, tmp_path, reward=VOWELS, settings=SETTINGS)
     assert found.kl is None and found.pairs.implicit_accuracy is None and found.pairs.baseline_accuracy is None
+    assert found.tokens == ()
     assert found.pairs.accuracy.n == 22 and found.wins.rate.n > 0
     assert any("different tokenizers" in note for note in found.notes)
 
@@ -315,7 +332,7 @@ def test_reading_held_out_rows(sides, tmp_path):
     assert len(prompts_only.prompts) == 2 and prompts_only.pairs == 0
     (tmp_path / "some.txt").write_text("one\n\ntwo\n")
     lines = read_held_out(tmp_path / "some.txt", tokenizer, max_bad_fraction=0.5)
-    assert [str(one.row) for one in lines.prompts] == [f"{tmp_path}/some.txt:0", f"{tmp_path}/some.txt:2"]
+    assert [str(one.row) for one in lines.prompts] == [f"{tmp_path}/some.txt:1", f"{tmp_path}/some.txt:3"]
     assert [one.prompt for one in lines.prompts] == ["one", "two"]
     with pytest.raises(DataError, match="none of the 1 rows"):
         read_held_out([{"prompt": "long " * 300}], tokenizer, positions=64, max_new_tokens=20)

@@ -18,7 +18,7 @@ from align.sampling.base import SamplingParams
 from align.testing.tiny import random_pairs, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": "p", "chosen": "c" * (i + 1), "rejected": "r"} for i in range(10)]
-MARGINS = {f"rows:{i}": float(m) for i, m in enumerate((3, -1, 4, 1, -5, 9, 2, 6, 5, 0))}
+MARGINS = {f"rows row {i}": float(m) for i, m in enumerate((3, -1, 4, 1, -5, 9, 2, 6, 5, 0))}
 OWN = [Drawn({"prompt": "q", "chosen": str(m), "rejected": "x"}, m) for m in (0.5, 7.0, 2.0, 7.0)]
 
 
@@ -61,8 +61,8 @@ def test_ensemble_weighs_the_round_before() -> None:
 
 
 def test_margins_of_other_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="other:3"):
-        select_round(ROWS, Sera(), {"other:3": 1.0})
+    with pytest.raises(DataError, match="other row 3"):
+        select_round(ROWS, Sera(), {"other row 3": 1.0})
 
 
 def test_own_pairs_are_the_extremes_and_ignore_a_function_of_the_prompt() -> None:
@@ -94,7 +94,7 @@ def test_flipped_labels_gather_among_the_small_margins() -> None:
         ]
         (slope,) = torch.autograd.grad(terms("dpo", {"beta": 1.0}, pairs=pairs).total(), theta)
         theta = (theta - 0.5 * slope).detach().requires_grad_()
-    margins = {f"rows:{i}": float(m) for i, m in enumerate((signs * (features @ theta)).tolist())}
+    margins = {f"rows row {i}": float(m) for i, m in enumerate((signs * (features @ theta)).tolist())}
     rows, _ = select_round([{"number": i} for i in range(400)], Sera(keep=0.5, bootstrap=0), margins)
     kept = flipped[[int(row["number"]) for row in rows]]
     assert len(kept) == 200
@@ -108,7 +108,7 @@ def test_margins_and_own_pairs_of_models() -> None:
     policy, reference = (as_side(str(i), model, tokenizer) for i, model in enumerate(models))
     rows = random_pairs(4, seed=5)
     found = pair_margins([*rows, {"prompt": "p", "chosen": "", "rejected": "r"}], policy, reference)
-    assert list(found) == [f"rows:{i}" for i in range(4)]
+    assert list(found) == [f"rows row {i}" for i in range(4)]
 
     def h(prompt: str, answer: str, per_token: bool = False) -> float:
         start = tokenizer(prompt)["input_ids"]
@@ -121,8 +121,8 @@ def test_margins_and_own_pairs_of_models() -> None:
     with torch.no_grad():
         for i, row in enumerate(rows):
             wanted = h(row["prompt"], row["chosen"]) - h(row["prompt"], row["rejected"])
-            assert found[f"rows:{i}"] == pytest.approx(wanted, abs=1e-3)
-        mean = pair_margins(rows[:1], policy, reference, per_token=True)["rows:0"]
+            assert found[f"rows row {i}"] == pytest.approx(wanted, abs=1e-3)
+        mean = pair_margins(rows[:1], policy, reference, per_token=True)["rows row 0"]
         wanted = h(rows[0]["prompt"], rows[0]["chosen"], True) - h(rows[0]["prompt"], rows[0]["rejected"], True)
         assert mean == pytest.approx(wanted, abs=1e-5)
 

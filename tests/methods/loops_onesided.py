@@ -74,8 +74,15 @@ def flex_dpo(
 
 
 def hypo(
-    rows: Sequence[Row], state: State, lambda_: float = 1e-4, beta: float = 0.05, baseline: str = "rloo"
+    rows: Sequence[Row],
+    state: State,
+    lambda_: float = 1e-4,
+    beta: float = 0.05,
+    baseline: str = "rloo",
+    live: int = 0,
+    max_new_tokens: int = 256,
 ) -> Values:
+    """`live` and `max_new_tokens` say where the samples come from, not what is done with them."""
     values = []
     for row in rows:
         ratios = [h(one) for one in row["samples"]]
@@ -112,7 +119,15 @@ def demo_reg(
     return values, len(rows)
 
 
-def mapl(rows: Sequence[Row], state: State, beta: float = 0.1, lambda_1: float = 1.0, lambda_2: float = 1.0) -> Values:
+def mapl(
+    rows: Sequence[Row],
+    state: State,
+    beta: float = 0.1,
+    lambda_1: float = 1.0,
+    lambda_2: float = 1.0,
+    score_prompt_tokens: bool = False,
+) -> Values:
+    """`score_prompt_tokens` says which tokens are scored, which the rows' masks hold."""
     values = []
     for row in rows:
         value = softplus(-beta * (h(row["chosen"]) - h(row["rejected"])))

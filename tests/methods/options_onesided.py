@@ -20,6 +20,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("hypo", {"lambda": -0.1}),
     ("hypo", {"beta": 0}),
     ("hypo", {"baseline": "mean"}),
+    ("hypo", {"live": -1}),
+    ("hypo", {"live": 2, "max_new_tokens": 0}),
     ("spac", {"eta": 0}),
     ("spac", {"rho": -0.1}),
     ("spac", {"kind": "hinge"}),
@@ -29,6 +31,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("mapl", {"beta": 0}),
     ("mapl", {"lambda_1": -0.1}),
     ("mapl", {"lambda_2": -0.1}),
+    ("mapl", {"score_prompt_tokens": "yes"}),
 ]
 
 ADMITTED: list[tuple[str, dict[str, Any]]] = [

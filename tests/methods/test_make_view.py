@@ -12,11 +12,14 @@ from torch import Tensor
 from align.core.errors import ConfigError, DataError
 from align.data.groups import Preference, RowId, TokenCompletion, TokenGroup
 from align.data.marks import mark_differences
+from align.data.readers import reader_for
+from align.data.tokenise import Tokeniser
 from align.methods import METHODS
-from align.methods.base import finish
+from align.methods.base import finish, terms_of
 from align.methods.evaluate import make_bare_view
 from align.scoring.assemble import columns_needed, completion_key, make_view, placeholder_outputs, trees_of
 from align.scoring.views import Lists, Pairs, Singles
+from align.testing.tiny import random_pairs, tiny_tokenizer
 
 
 def completion(rng: np.random.Generator, **feedback: Any) -> TokenCompletion:
@@ -38,7 +41,7 @@ def make_groups(view: str, seed: int = 0, needs: frozenset[str] = frozenset()) -
                 reward=float(rng.random() if view == "lists" else rng.normal()),
                 rewards={"helpful": float(i)},
                 rank=i + 1,
-                weight=1.0 + i,
+                weight=1.0 + (row if view == "lists" else i),
                 finished=i != 1,
             )
             for i in range(size)
@@ -76,7 +79,8 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
             row = {name: column[place, : len(one) + extra.get(name, 0)] for name, column in outputs.items()}
             anchors = {name.removeprefix("anchor."): row.pop(name) for name in list(row) if name.startswith("anchor.")}
             row |= {"anchor": anchors} if anchors else {}
-            row |= {"mask": one.mask.tolist(), "weight": one.weight, "key": completion_key(group.row, index)}
+            row |= {"mask": one.mask.tolist(), "weight": one.weight, "finished": one.finished}
+            row |= {"key": completion_key(group.row, index), "step": one.step.tolist()}
             row |= {"label": one.label, "reward": one.reward} if one.label is not None else {}
             made.append(row)
             place += 1
@@ -103,7 +107,8 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
                 for p in group.preferences
             ]
         elif view in ("lists", "groups"):
-            rows.append({"completions": own})
+            plain = [{name: value for name, value in one.items() if name != "weight"} for one in own]
+            rows.append({"completions": plain, "weight": own[0]["weight"]})
         else:
             partners = others or [None] * len(own)
             rows += [one | ({"mismatched": p} if p else {}) | more for one, p in zip(own, partners, strict=True)]
@@ -118,13 +123,13 @@ def test_equals_the_view_of_bare_numbers(name: str) -> None:
     state = method.initial_state()
     ours = make_view(method.view, groups, outputs, state=state, dtype=torch.float64)
     theirs = make_bare_view(method.view, bare_rows(method.view, groups, outputs), state=state)
-    first, second = finish(method.loss(ours), ours), finish(method.loss(theirs), theirs)
+    first, second = terms_of(method, ours), terms_of(method, theirs)
     assert first.counts == second.counts
     for term in first:
         torch.testing.assert_close(first[term].values, second[term].values, rtol=0, atol=1e-14)
     blank = {**placeholder_outputs(groups, outputs)}
     zeros = make_view(method.view, groups, blank, state=state)
-    assert finish(method.loss(zeros), zeros).counts == first.counts
+    assert terms_of(method, zeros).counts == first.counts
 
 
 def test_gradients_reach_the_outputs_of_scored_tokens_only() -> None:
@@ -249,3 +254,37 @@ def test_wider_outputs_are_padding() -> None:
         view = make_view("pairs", groups, some, dtype=torch.float64)
         totals.append(float(finish(method.loss(view), view).total()))
     assert totals[0] == totals[1]
+
+
+def test_a_list_read_from_a_pair_has_the_weight_of_the_pair() -> None:
+    """lipo of two answers is dpo, weights of rows included; and so it is where `weight` comes with scores."""
+    tokenise = {view: Tokeniser(tiny_tokenizer(), view) for view in ("pairs", "lists")}
+    rows = [{**row, "weight": weight} for row, weight in zip(random_pairs(3, seed=4), (0.5, 3.0, 1.0), strict=True)]
+    reader = reader_for(rows, where="made")
+    scored = [
+        {**row, "completions": [row.pop("chosen"), row.pop("rejected")], "scores": [1.0, 0.0]}
+        for row in map(dict, rows)
+    ]
+    scores = reader_for(scored, where="made")
+    found = {}
+    for name, view, read, given in (
+        ("dpo", "pairs", reader, rows),
+        ("lipo", "lists", reader, rows),
+        ("lipo", "lists", scores, scored),
+    ):
+        groups = [tokenise[view](read(row, RowId("made", i))) for i, row in enumerate(given)]
+        outputs = outputs_for(groups, frozenset({"ref_logp"}))
+        made = make_view(view, groups, outputs, dtype=torch.float64)
+        found[name, read is scores] = terms_of(METHODS.get(name)(beta=0.1), made)["loss"].values
+        assert made.weights()[made.own_unit].tolist() == [0.5, 3.0, 1.0]
+    dpo, *lists = found.values()
+    assert all(torch.allclose(dpo, one, rtol=0, atol=1e-14) for one in lists)
+
+
+def test_a_list_has_one_weight() -> None:
+    own = tuple(completion(np.random.default_rng(0), rank=rank, weight=rank) for rank in (1, 2))
+    groups = [TokenGroup(RowId("made", 7), np.array([1]), own)]
+    with pytest.raises(DataError, match=r"weights \[1, 2\]") as caught:
+        make_view("lists", groups, placeholder_outputs(groups, ()))
+    assert caught.value.where == "made row 7"
+    assert make_view("pairs", groups, placeholder_outputs(groups, ())).counts()["pair"] == 0

@@ -14,11 +14,15 @@ import pytest
 import torch
 
 from align.core.errors import ConfigError, DataError
-from align.methods import METHODS, terms
+from align.methods import METHODS, Method, terms
+from align.methods._lists import unit_scores
+from align.methods._pairs import matched
+from align.methods.base import finish, method, terms_of
 from align.methods.evaluate import make_bare_view, make_method
-from align.methods.stages import log1mexp
+from align.methods.stages import log1mexp, logistic
+from align.scoring.views import Completions, Lists, Pairs
 from align.testing.checks import variants
-from align.testing.rows import Row, random_rows, tracked
+from align.testing.rows import Row, map_completions, random_rows, tracked
 from align.trainers.metrics import implicit_reward
 from tests.methods.loops import LOOPS, softplus
 
@@ -54,9 +58,6 @@ class Watched(dict[str, Any]):
 FREE = {"logp", "mask", "weight", "chosen", "rejected", "completions", "anchor", "role"}
 """What every row has: nothing of it is declared. `role` comes with `contrasts`."""
 
-UNDECLARED = {"cpl": {"probability"}, "iqlearn_sft": {"finished"}, "regret_pref": {"finished"}}
-"""What has a value where the data say nothing, so that these methods read it without declaring it."""
-
 
 def read_by_loop(name: str, made: Any) -> set[str]:
     """The columns that the method's loop, written from its paper, reads of rows that have them."""
@@ -74,10 +75,64 @@ def test_a_method_declares_what_its_loop_reads(name: str) -> None:
     for label, made in variants(cls).items():
         assert made.requires() <= cls.needs, label
         read = read_by_loop(name, made)
-        assert read - made.requires() <= UNDECLARED.get(name, set()), label
+        assert read <= made.reads(), label
         needs |= read
-    assert needs - cls.needs <= UNDECLARED.get(name, set())
-    assert cls.needs - needs <= {"ties"}
+    assert needs <= cls.needs | cls.takes
+    assert (cls.needs | cls.takes) - needs <= {"ties", "scored_prompts"}
+
+
+@pytest.mark.parametrize("name", METHODS.entries())
+def test_a_method_works_without_what_it_does_not_declare(name: str) -> None:
+    """`observe` and `measure` too, on rows that have every column; and it gives the same numbers."""
+    for label, made in variants(METHODS.get(name)).items():
+        rows = [with_everything(row) for row in random_rows(made, 5, seed=2)]
+        view = make_bare_view(made.view, rows, requires=made.requires(), state=made.initial_state())
+        less = view.only(made.reads())
+        whole, bare = (finish(made.loss(one), view) for one in (view, less))
+        for term in whole:
+            assert torch.equal(whole[term].values, bare[term].values), label
+        whole_state, bare_state = (made.observe(one) for one in (view, less))
+        assert all(torch.equal(whole_state[key], bare_state[key]) for key in whole_state), label
+        assert made.measure(view) == made.measure(less), label
+
+
+def with_everything(row: Row) -> Row:
+    """The row with a number in every column that its completions may have."""
+
+    def filled(one: Row) -> Row:
+        tokens = len(one["logp"])
+        given = {"label": True, "reward": 0.7, "finished": False, "key": 5, "step": list(range(tokens))}
+        given |= {name: [-0.3] * tokens for name in ("ref_logp", "token_reward", "entropy", "log_max")}
+        return {**given, "anchor": {}, **one}
+
+    more = {"probability": 0.7, "margin": 0.4} if "chosen" in row else {}
+    return {**more, **map_completions(row, filled)}
+
+
+def reading_probability(**declared: Any) -> Method:
+    """A method that reads a column with a default, which nothing would tell from the data's own."""
+
+    @method("reading", view="pairs", needs={"ref_logp"}, **declared)
+    class Reading(Method):
+        def loss(self, pairs: Pairs) -> torch.Tensor:
+            return logistic(pairs.probability * pairs.delta)
+
+    return Reading()
+
+
+def test_an_undeclared_column_is_refused() -> None:
+    pair = {"chosen": at_h(1.0), "rejected": at_h(0.0), "probability": 0.8}
+    with pytest.raises(ConfigError, match="no `probability`") as caught:
+        terms(reading_probability(), pairs=[pair])
+    assert "takes={'probability'}" in caught.value.mend
+    taking = reading_probability(takes={"probability"})
+    for p, given in ((0.8, {"probability": 0.8}), (1.0, {})):
+        found = np.asarray(terms(taking, pairs=[{"chosen": at_h(1.0), "rejected": at_h(0.0), **given}]))
+        assert found.tolist() == pytest.approx([softplus(-p)], abs=1e-12)
+    view = make_bare_view("pairs", [pair]).only(())
+    assert not hasattr(view, "no_such_field")
+    with pytest.raises(ConfigError, match="no `ref_logp`"):
+        view.chosen.ref_logp  # noqa: B018  read for its refusal
 
 
 def test_which_methods_take_ties() -> None:
@@ -370,3 +425,53 @@ def test_log1mexp_at_both_ends() -> None:
     assert y.tolist() == pytest.approx(ends, rel=1e-12)
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert slope.tolist() == pytest.approx([-1e300, -1e20, *(1 / -math.expm1(v) for v in (0.5, 2.0, 700.0))], rel=1e-9)
+
+
+def test_running_numbers_are_float64_of_float32_margins() -> None:
+    pairs = [keyed(ratio, i) for i, ratio in enumerate((0.1, 0.2, 0.4, 0.7))]
+    view = make_bare_view("pairs", pairs, state=METHODS.get("beta_dpo")().initial_state(), dtype=torch.float32)
+    after = METHODS.get("beta_dpo")(m=0.0).observe(view)
+    margins = view.delta.double().tolist()
+    assert float(after["M0"]) == pytest.approx(sum(margins) / 4, abs=1e-15)
+    assert float(after["S"]) == pytest.approx(float(np.std(margins, ddof=1)), abs=1e-15)
+
+
+def test_the_batch_is_compared_with_itself_in_float64() -> None:
+    """All kept and no past: mean - M0 is 0, and beta is beta0; a mean in float32 of margins of 1e4 is 5e-4 off."""
+    made = METHODS.get("beta_dpo")(m=0.0, rho=1.0, a=100.0, beta0=0.1)
+    pairs = [keyed(-(1e4 + 0.37 * i), i) for i in range(7)]
+    view = make_bare_view("pairs", pairs, state=made.initial_state(), dtype=torch.float32)
+    found = made.loss(view)["loss"].values
+    assert found.tolist() == pytest.approx((-0.1 * view.delta.double()).tolist(), rel=1e-6)
+
+
+def test_transport_keeps_masses_of_many_float32_elements() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    first, second, mass = (torch.rand(20_000, generator=drawn) for _ in range(3))
+    owner, partner, moved = matched(first, second, mass)
+    for index in (owner, partner):
+        arrived = torch.zeros(len(mass), dtype=torch.float64).index_add(0, index, moved.double())
+        torch.testing.assert_close(arrived, mass.double(), rtol=0, atol=1e-6)
+
+
+def test_a_margin_at_the_bound_still_pulls_and_is_not_counted() -> None:
+    rows, leaves = tracked([{"chosen": at_h(0.3), "rejected": at_h(-0.4)}])
+    view = make_bare_view("pairs", rows)
+    margin = float(METHODS.get("chi_po")()._margin(view).detach())
+    at, beyond = (METHODS.get("chi_po")(R_max=bound) for bound in (margin / 2, margin / 2.0001))
+    for made, clipped in ((at, 0.0), (beyond, 1.0)):
+        (slope, _) = torch.autograd.grad(finish(made.loss(view), view).total(), leaves, retain_graph=True)
+        assert (float(slope) == 0) == bool(clipped)
+        assert float(made.measure(view)["clipped"][0]) == clipped
+
+
+def test_no_lists_have_no_scores_outside() -> None:
+    none = Completions(
+        mask=torch.zeros(0, 1, dtype=torch.bool), columns={name: torch.zeros(0, 1) for name in ("logp", "ref_logp")}
+    )
+    empty = Lists(none, group=torch.zeros(0, dtype=torch.long), weight=torch.zeros(0), scores=torch.zeros(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert unit_scores(empty, "nothing follows").shape == (0,)
+        (term,) = terms_of(METHODS.get("lipo_lambda")(), empty).values()
+    assert term.values.shape == (0,)

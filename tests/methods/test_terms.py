@@ -83,7 +83,7 @@ def test_state_in_and_out() -> None:
     assert terms("dpo", {}, pairs=[PAIR]).state == {}
 
 
-@method("scratch", view="groups", needs={"reward"})
+@method("scratch", view="groups", needs={"reward", "anchor.guide"}, takes={"rewards", "step"})
 class Scratch(Method):
     """Two terms of different units, anchors, aspects and roles, on the groups view."""
 

@@ -456,7 +456,7 @@ class TestRegretPref:
     def test_columns_by_form(self) -> None:
         cls = METHODS.get("regret_pref")
         assert cls().requires() == {"ref_logp"}
-        assert cls(form="value").requires() == {"token_reward", "value"}
+        assert cls(form="value").requires() == {"token_reward", "value", "finished"}
 
 
 DEMONSTRATION = PAIR["chosen"]

@@ -97,6 +97,13 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     "a floor under a deviation that is 0 only where all margins are equal; any tiny one will do": (
         "beta_dpo. wrong_constant: 1e-12 -> 2e-12",
     ),
+    "one more row of padding is read by none": (
+        "elr.ELR._recall wrong_constant: 1 -> 2",
+        "elr.ELR._recall wrong_constant: 1 -> 2 #2",
+        "iqlearn_sft.IQLearnSFT._rewards wrong_constant: 1 -> 2 #2",
+    ),
+    "keys are not negative, so any negative number is found by none": ("elr.ELR._recall wrong_constant: 1 -> 2 #1",),
+    "the last dimension of two is the second": ("iqlearn_sft.IQLearnSFT._rewards flip_sign: -1 -> 1",),
     "it guards products such as 0.29 * 100 against rounding down; any tiny one will do": (
         "beta_dpo.BetaDPO._kept wrong_constant: 1e-09 -> 2e-09",
     ),

@@ -53,7 +53,7 @@ def test_bad_rows_below_the_limit_are_counted_and_nothing_is_lost(made, tmp_path
     case.recipe["train"]["save_steps"] = 10
     assert case.run() == 0
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["row"] for entry in rejected] == [3, 7, 9]
+    assert [entry["line"] for entry in rejected] == [4, 8, 10]
     manifest = json.loads((tmp_path / "out" / "checkpoint-10" / "manifest.json").read_text())
     train = manifest["info"]["data"]["train"]
     assert train["rows"] == 40 == train["kept"] + train["bad"] + train["dropped"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n{name} " in "\n" + text for name in listed)
+    assert "strength of the KL leash" not in text
+
+
+def test_a_method_by_name_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "f_dpo", "kto"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "loss = -log sigmoid(beta * phi(h_w) - beta * phi(h_l)), phi(h) = f'(e^h) up to a constant" in lines
+    assert "beta 0.1 > 0 strength of the leash; smaller for forward_kl and alpha" in lines
+    assert "divergence js js, reverse_kl, forward_kl, alpha, chi2_kl the f that anchors" in lines
+    assert any(line.startswith("alpha 0.5 >= 0 and <= 1 of") for line in lines)
+    assert any(line.startswith("kto singles") for line in lines) and not any(line.startswith("dpo ") for line in lines)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +119,7 @@ def test_several_devices_start_accelerate_once(monkeypatch: pytest.MonkeyPatch) 
         started.append(command)
         raise Started
 
-    monkeypatch.setattr(train.schema, "read", lambda *_: (None, {}))
+    monkeypatch.setattr(train.schema, "read", lambda *_: (SimpleNamespace(rounds=None), {}))
     monkeypatch.setattr(train, "visible_devices", lambda: 4)
     monkeypatch.setattr(os, "execv", execv)
     for mark in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):

@@ -11,6 +11,7 @@ import yaml
 
 from align.cli.main import main
 from align.core.errors import ConfigError, ErrorList
+from align.data.sources import open_source
 from align.recipe import schema
 from align.recipe.from_trl import Converted, convert
 
@@ -148,6 +149,8 @@ def test_qlora(tmp_path: Path) -> None:
         ("beta: 0.05\n", "orpo", {"name": "orpo", "lambda": 0.05}),
         ("min_density_ratio: 0.4\n", None, {"name": "bco", "beta": 0.1, "clip": [0.4, 10.0]}),
         ("packing: true\nassistant_only_loss: true\n", None, {"name": "sft"}),
+        ("cpo_alpha: 0.5\n", None, {"name": "cpo", "beta": 0.1, "lambda": 0.5}),
+        ("loss_type: alphapo\nbeta: 2\n", None, {"name": "simpo", "beta": 2.0, "gamma_ratio": 0.25, "sft_weight": 0.0}),
     ],
 )
 def test_objectives(tmp_path: Path, text: str, trainer: str | None, method: dict[str, Any]) -> None:
@@ -182,14 +185,26 @@ def test_mixtures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("loss_type: [sigmoid, bco_pair]\n", (":4: several losses at once: sigmoid, bco_pair", "`rpo`")),
         (
-            "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.1]\n",
-            (":4: several losses at once: sigmoid, sft", "`rpo`"),
+            "loss_type: [sigmoid, sft]\nld_alpha: 0.5\n",
+            (":4: several losses at once: sigmoid, sft, `ld_alpha`", "one objective"),
+        ),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1.0]\n", (":5: `loss_weights: [1.0]`", "one weight above 0")),
+        ("loss_type: ipo\nloss_weights: [0]\n", (":5: `loss_weights: [0]`",)),
+        ("loss_type: hinge\nld_alpha: 0.5\n", (":5: `ld_alpha: 0.5` beside `loss_type: hinge`", "`ld_dpo`")),
+        ("loss_type: robust\nrpo_alpha: 1.0\n", (":5: `rpo_alpha: 1.0` beside", "is `rpo`")),
+        (
+            "f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 1.5\n",
+            (":5: `f_alpha_divergence_coef: 1.5`", "use 0 to 1"),
         ),
         ("loss_type: sppo_hard\n", (":4: `loss_type: sppo_hard` is not converted", "sppo")),
-        ("f_divergence_type: js_divergence\nloss_type: hinge\n", (":4: ", "js_divergence", "changes the loss")),
+        (
+            "f_divergence_type: js_divergence\nloss_type: hinge\n",
+            (":4: `f_divergence_type: js_divergence` beside `loss_type: hinge`", "`f_dpo`"),
+        ),
         ("f_divergence_type: chi2\n", (":4: ", "no `f_divergence_type: chi2`")),
-        ("use_weighting: true\n", (":4: ", "use_weighting")),
+        ("use_weighting: true\nloss_type: ipo\n", (":4: `use_weighting: True` beside `loss_type: ipo`", "`wpo`")),
         ("load_in_8bit: true\nuse_peft: true\n", (":4: 8-bit", "load_in_4bit")),
         ("load_in_4bit: true\n", ("without `use_peft`",)),
         ("fp16: true\n", (":4: float16", "bf16")),
@@ -232,12 +247,95 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 0.75\n",
             {"name": "f_dpo", "divergence": "alpha", "alpha": 0.25, "beta": 0.1},
         ),
+        (
+            "f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 0.7\n",
+            {"name": "f_dpo", "divergence": "alpha", "alpha": 0.3, "beta": 0.1},
+        ),
+        (
+            "f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 0.0\n",
+            {"name": "f_dpo", "divergence": "forward_kl", "beta": 0.1},
+        ),
+        ("f_divergence_type: alpha_divergence\nf_alpha_divergence_coef: 1.0\n", {"name": "dpo", "beta": 0.1}),
+        ("ld_alpha: 0.4\n", {"name": "ld_dpo", "alpha": 0.4, "beta": 0.1}),
+        ("use_weighting: true\nbeta: 0.02\n", {"name": "wpo", "clamp": None, "beta": 0.02}),
+        (
+            "loss_type: [sft, sigmoid]\nloss_weights: [0.5, 2.0]\n",
+            {"name": "rpo", "beta": 0.1, "eta": 0.25, "sft_reduction": "token_mean"},
+        ),
+        ("rpo_alpha: 0.7\n", {"name": "rpo", "beta": 0.1, "eta": 0.7, "sft_reduction": "token_mean"}),
+        ("rpo_alpha: null\n", {"name": "dpo", "beta": 0.1}),
+        ("loss_type: sft\nf_divergence_type: js_divergence\n", {"name": "sft"}),
         ("loss_type: discopop\ndiscopop_tau: 0.1\n", {"name": "discopop", "beta": 0.1, "tau": 0.1}),
     ],
 )
 def test_pairwise_losses(tmp_path: Path, text: str, method: dict[str, Any]) -> None:
     found = made(tmp_path, COMMON + text, trainer="dpo")
     assert found.recipe["method"] == method
+
+
+def said_of(found: Converted, key: str) -> str:
+    return " ".join(note.says for note in found.notes if note.key == key)
+
+
+def test_what_differs_in_scale_is_said(tmp_path: Path) -> None:
+    """A `beta` that the file leaves to TRL is written out, the method's own beside it; one that it names is not."""
+    for loss, own in (("aot", "0.01"), ("sigmoid_norm", "5"), ("exo_pair", "0.5"), ("discopop", "0.05")):
+        found = made(tmp_path, COMMON + f"loss_type: {loss}\n", trainer="dpo")
+        assert said_of(found, "beta") == f"TRL's default; that of `{found.recipe['method']['name']}` is {own}"
+        assert said_of(made(tmp_path, COMMON + f"loss_type: {loss}\nbeta: 0.1\n", trainer="dpo"), "beta") == ""
+    assert said_of(made(tmp_path, COMMON + "loss_type: apo_zero\n", trainer="dpo"), "beta") == ""
+    weighted = made(tmp_path, COMMON + "use_weighting: true\n", trainer="dpo")
+    assert "does not cut weights above 1" in said_of(weighted, "use_weighting")
+    several = made(tmp_path, COMMON + "loss_type: [sigmoid, sft]\nloss_weights: [2.0, 0.5]\n", trainer="dpo")
+    assert "divided by 2" in said_of(several, "loss_weights") and "micro-batch" in said_of(several, "loss_weights")
+    one = made(tmp_path, COMMON + "loss_type: ipo\nloss_weights: [4.0]\n", trainer="dpo")
+    assert "divided by 4" in said_of(one, "loss_weights") and "max_grad_norm" in said_of(one, "loss_weights")
+
+
+def test_files_of_a_mixture(tmp_path: Path) -> None:
+    """`path: json` with `data_files` is a file, and the recipe reads it."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
+
+    def streams(text: str) -> Any:
+        head = "model_name_or_path: m/m\ndatasets:\n"
+        (tmp_path / "mixed.yaml").write_text(head + text)
+        return convert(tmp_path / "mixed.yaml", trainer="dpo").recipe["data"]["train"]
+
+    whole = f"{tmp_path}/pairs.jsonl"
+    assert streams(f"  - {{path: json, data_files: {whole}}}\n") == [{"name": whole}]
+    made(tmp_path, f"model_name_or_path: m/m\ndatasets: [{{path: json, data_files: {whole}}}]\n", trainer="dpo")
+    assert len(open_source(whole)) == 1
+    assert streams("  - {path: json, data_files: [a.jsonl, b.json], columns: [prompt, chosen, rejected]}\n") == [
+        {"name": "a.jsonl"},
+        {"name": "b.json"},
+    ]
+    by_split = "{train: [a.parquet], test: b.parquet}"
+    assert streams(f"  - {{path: parquet, data_files: {by_split}, data_dir: d, split: test}}\n  - path: h/b\n") == [
+        {"name": "d/b.parquet"},
+        {"name": "h/b", "split": "train"},
+    ]
+    assert streams("  - {path: ./rows, data_files: x.jsonl}\n") == [{"name": "./rows/x.jsonl"}]
+    assert streams("  - {path: json, data_dir: rows}\n") == [{"name": "rows"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("{path: csv, data_files: a.csv}", ("not read", "JSONL or Parquet")),
+        ("{path: json}", ("names no file", "data_files")),
+        ("{path: json, data_files: 'x/*.jsonl'}", ("is a pattern", "name each file")),
+        ("{path: json, data_files: 'https://a/b.jsonl'}", ("download it",)),
+        ("{path: json, data_files: a.jsonl, split: test}", ("`split: test`", "remove `split`")),
+        ("{path: json, data_files: {test: a.jsonl}}", ("has no `train`",)),
+        ("{path: a/b, data_files: a.jsonl}", ("`data_files` of `a/b`", "download the file")),
+        ("{path: a/b, fraction: 0.5}", ("`fraction` of `a/b`", "`weight`")),
+        ("{path: a/b, splt: x}", ("no `splt`", "did you mean `split`")),
+        ("{name: x}", ("give `path:`",)),
+    ],
+)
+def test_entries_of_a_mixture_that_have_no_counterpart(tmp_path: Path, entry: str, words: tuple[str, ...]) -> None:
+    (one,) = faults(tmp_path, f"model_name_or_path: m/m\ndatasets:\n  - {entry}\n", trainer="dpo")
+    assert all(word in one for word in words), one
 
 
 def test_label_smoothing_that_a_loss_does_not_read_is_said(tmp_path: Path) -> None:
@@ -247,12 +345,18 @@ def test_label_smoothing_that_a_loss_does_not_read_is_said(tmp_path: Path) -> No
 
 
 def test_cpo_and_kto_losses_without_counterpart(tmp_path: Path) -> None:
-    (one,) = faults(tmp_path, COMMON + "cpo_alpha: 1\n")
-    assert "CPOTrainer's `loss_type: sigmoid`" in one
+    (one,) = faults(tmp_path, COMMON + "cpo_alpha: 1\nloss_type: hinge\n", trainer="cpo")
+    assert "CPOTrainer's `loss_type: hinge`" in one and "`slic`" in one
+    (one,) = faults(tmp_path, COMMON + "cpo_alpha: 1\nlabel_smoothing: 0.1\n")
+    assert "`label_smoothing: 0.1` has no counterpart" in one
+    (one,) = faults(tmp_path, COMMON + "loss_type: alphapo\nalpha: 0.5\n")
+    assert "AlphaPO" in one
     (one,) = faults(tmp_path, COMMON + "loss_type: apo_zero_unpaired\n")
-    assert "apo_zero_unpaired" in one
+    assert "apo_zero_unpaired" in one and "anchor held at 0" in one
+    (one,) = faults(tmp_path, COMMON + "loss_type: [kto, apo_zero_unpaired]\n", trainer="kto")
+    assert "`loss_type: kto and apo_zero_unpaired` is not converted" in one
     (one,) = faults(tmp_path, COMMON + "loss_type: dft\n")
-    assert "dft" in one
+    assert "dft" in one and "own probability" in one
 
 
 def test_whose_file_it_is(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_recipe_reads_known_sets_and_mixes_them(write: Write, rows: Any) -> No
     assert prepared.mixture is not None
     assert prepared.mixture.counts == (30, 90)
     assert prepared.report["reasons"] == {
-        "`score_ratio`: filtered out: not >= 2": {"count": 1, "rows": [f"{shp}:0"]},
+        "`score_ratio`: filtered out: not >= 2": {"count": 1, "rows": [f"{shp}:1"]},
     }
     for batch in list(prepared.sampler(8, seed=0))[:-1]:
         assert abs(sum(row < 30 for row in batch) - 2) <= 1

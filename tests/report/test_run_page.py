@@ -9,43 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from align.cli.main import main
 from align.core.errors import CheckpointError
 from align.report import Curve, Section, Table, Verdict, run_page, run_sections
-from align.testing.tiny import random_pairs, save_tiny
+from align.testing.tiny import random_pairs
+from tests.recipe.small import small_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    save_tiny(folder / "model", "llama", seed=0)
     rows: list[dict[str, Any]] = list(random_pairs(24, seed=0))
     rows[3] = {"prompt": "p", "chosen": "<script>", "rejected": "<script>"}
-    for name, content in (("train", rows), ("held_out", list(random_pairs(8, seed=1)))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    recipe = {
-        "model": {"name": str(folder / "model")},
-        "method": {"name": "dpo", "beta": 0.1},
-        "data": {
-            "train": [str(folder / "train.jsonl")],
-            "eval": [str(folder / "held_out.jsonl")],
-            "max_length": 256,
-            "max_bad_fraction": 0.5,
-        },
-        "train": {
-            "output_dir": str(folder / "run"),
-            "learning_rate": 3e-3,
-            "global_batch_size": 4,
-            "max_steps": 6,
-            "logging_steps": 1,
-        },
-        "eval": {"every": 0.5},
-        "provenance": {"claim": "</code><script>"},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    recipe = small_run(
+        folder,
+        6,
+        rows,
+        list(random_pairs(8, seed=1)),
+        data={"max_bad_fraction": 0.5},
+        train={"global_batch_size": 4, "logging_steps": 1},
+        provenance={"claim": "</code><script>"},
+    )
+    assert main(["train", str(recipe)]) == 0
     return folder / "run"
 
 
@@ -60,7 +46,7 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 def test_every_logged_number_is_in_a_curve(run: Path) -> None:
     curves = [part for part in parts(run_sections(run)) if isinstance(part, Curve)]
     drawn = sorted(tuple(point) for curve in curves for points in curve.series.values() for point in points)
-    steps = [entry for entry in log_of(run) if "train_runtime" not in entry]
+    steps = [entry for entry in log_of(run) if not {"train_runtime", "policy_of"} & entry.keys()]
     logged = sorted(
         (entry["step"], value) for entry in steps for key, value in entry.items() if key not in ("step", "epoch")
     )
@@ -96,7 +82,7 @@ def test_the_verdict_and_the_table_follow_the_log(run: Path) -> None:
 def test_rejected_rows_and_records_are_on_the_page(run: Path) -> None:
     found = parts(run_sections(run))
     table = next(part for part in found if isinstance(part, Table) and part.title == "Rows left out")
-    assert table.rows == [["chosen: chosen and rejected are identical", "bad", 1, "train.jsonl:3"]]
+    assert table.rows == [["chosen: chosen and rejected are identical", "bad", 1, "train.jsonl:4"]]
     path = run_page(run)
     assert path == run / "report.html"
     page = path.read_text(encoding="utf-8")

@@ -12,16 +12,14 @@ from align.core.errors import AlignError
 from align.core.progress import Progress, silent
 from align.data.doctor.numbers import evenly, histogram, quantiles, share
 from align.data.doctor.rows import Reasons, longer, role_of
-from align.data.encode import Encoder
+from align.data.encode import Encoder, pieces
 from align.data.groups import Completion, Group, TokenCompletion, TokenGroup
 from align.data.rows import RowError
 from align.data.tokenise import Tokeniser
 
 _CHUNK = 256
 _HEAD, _TAIL = 300, 100
-_WINDOW = 5
 _TRIES = 50
-_LONGEST = 8
 
 
 class BatchedEncoder(Encoder):
@@ -231,23 +229,3 @@ def _marked(encoder: Encoder, ids: list[int], scored: list[bool]) -> list[dict[s
         return entries
     gap = {"text": f" [... {left_out} tokens ...] ", "scored": False, "left_out": left_out}
     return [*entries[:_HEAD], gap, *entries[-_TAIL:]]
-
-
-def pieces(encoder: Encoder, ids: list[int]) -> list[str]:
-    """The text of each token where it stands; they join to the decoded whole.
-
-    A token is decoded behind a few of its neighbours, for some decoders drop the space of a first token. One that ends
-    within a character gives nothing, and the token that completes it gives the character.
-    """
-    found: list[str] = []
-    ends = [0]  # places where a character ends; a window begins at one, or bytes would be taken for broken ones
-    for place in range(len(ids)):
-        start, done = ends[max(0, len(ends) - _WINDOW)], ends[-1]
-        before = encoder.decode(ids[start:done])
-        now = encoder.decode(ids[start : place + 1])
-        if now.endswith("\ufffd") and place + 1 < len(ids) and place - done < _LONGEST:
-            found.append("")
-            continue
-        found.append(now[len(before) :])
-        ends.append(place + 1)
-    return found
