@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests.browser import browser, open_page
+
+__all__ = ["browser", "open_page"]
 ROOT = Path(__file__).resolve().parent.parent
 
 

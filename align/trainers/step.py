@@ -169,7 +169,7 @@ class PackedStep:
         shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         raise TrainingError(
             f"the loss is {float(loss.detach())}",
-            where=f"rows {shown}",
+            where=shown,
             why="a non-finite loss would destroy the weights in one step",
             mend="look at these rows; lower the learning rate or beta; the last checkpoint is good",
         )

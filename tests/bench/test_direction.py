@@ -161,7 +161,7 @@ def test_a_comparison_at_equal_reward() -> None:
 
     found = report("diversity: f_dpo", {seed: runs(1.5 + 0.1 * seed) for seed in range(5)})
     assert found["by_seed"] == pytest.approx([1.5 + 0.1 * seed for seed in range(5)])
-    assert len(found["runs"]["ours"]) == 4
+    assert len(found["runs"]["ours"]) == 3
     assert report("diversity: f_dpo", {0: {}}) is None
 
 

@@ -24,10 +24,8 @@ from align.methods.claim import METRICS
 from align.methods.dpo import DPO
 from align.scoring.views import Pairs
 from docs.hooks import curves, facts, methods
+from tests.browser import Open
 from tests.docs.pages import DOCS, ROOT
-from tests.report.conftest import Open, browser, open_page
-
-__all__ = ["browser", "open_page"]
 
 PARTS = ("formula", "when-to-use-it", "needs", "options", "facts-and-pitfalls", "source", "on-the-world")
 PARTS = (*PARTS, "recipe-to-start-from")
