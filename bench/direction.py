@@ -207,6 +207,15 @@ def _claimed(method: str, found: Mapping[int, Mapping[str, Any]], tried: str) ->
     }
 
 
+def rounded(value: Any) -> Any:
+    """Numbers to six digits: more than the runs decide, and a file that can be read."""
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """The result in a line a claim."""
     for name, entry in result["methods"].items():
@@ -229,7 +238,7 @@ def main() -> None:
         for number in options.seeds:
             run(number, options.out, options.only)
         return
-    result = collect(options.collect)
+    result = rounded(collect(options.collect))
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines(result)))
 
