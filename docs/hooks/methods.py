@@ -16,6 +16,7 @@ from align.core.clashes import METHOD_CLASHES
 from align.core.options import declared
 from align.core.registry import METHODS
 from align.methods.base import Method
+from align.methods.claim import START
 from align.recipe import extends, library
 from align.trainers.config import default_learning_rate
 from docs.hooks import curves, facts, formulas
@@ -163,7 +164,7 @@ def recipe(name: str, cls: type[Method]) -> str:
     shipped = {one.name: one for one in library.shipped()}
     own = shipped.get(f"demo/{name}")
     if own:
-        parts += [f"```sh\nalign demo --methods {name}\n```", f"runs this recipe, {code(own.name)}, on a tiny model:"]
+        parts += [f"```sh\n{_demo(name, cls)}\n```", f"runs this recipe, {code(own.name)}, on a tiny model:"]
         parts.append(f"```yaml\n{own.text.strip()}\n```")
     others = [code(one) for one in recipes_by_method().get(name, ()) if not one.startswith("demo/")]
     if others:
@@ -173,6 +174,14 @@ def recipe(name: str, cls: type[Method]) -> str:
         f"and {adapter} for an adapter."
     )
     return "\n\n".join([*parts, use(name, cls)])
+
+
+def _demo(name: str, cls: type[Method]) -> str:
+    """The demo on the world of the claim, beside the method that it is compared with."""
+    claim = cls.claim
+    world = f" --world {claim.world}" if claim is not None and claim.world != "style" else ""
+    against = f" {claim.against}" if claim is not None and claim.against != START else ""
+    return f"align demo{world} --methods{against} {name}"
 
 
 @cache

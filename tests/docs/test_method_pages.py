@@ -186,6 +186,7 @@ def test_facts_follow_the_loss_and_not_the_name():
 def test_recipes_on_a_page_are_those_that_ship(site):
     shown = words_of(section_of(site, "dpo", "recipe-to-start-from"))
     assert "align demo --methods dpo" in shown and "output_dir : runs/demo-1/dpo" in shown
+    assert "align demo --world flipped --methods dpo rdpo" in words_of(section_of(site, "rdpo", "recipe-to-start-from"))
     assert "mistral-7b/dpo-qlora" in shown, "named through what it extends"
     assert "mistral-7b/dpo" not in words_of(section_of(site, "kto", "recipe-to-start-from"))
     assert "5e-7 for full fine-tuning" in shown
