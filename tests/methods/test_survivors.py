@@ -17,8 +17,9 @@ from align.core.errors import ConfigError, DataError
 from align.methods import METHODS, Method, terms
 from align.methods._lists import unit_scores
 from align.methods._pairs import matched
-from align.methods.base import finish, method, terms_of
+from align.methods.base import Live, finish, method, terms_of
 from align.methods.evaluate import make_bare_view, make_method
+from align.methods.hypo import HyPO
 from align.methods.stages import log1mexp, logistic
 from align.scoring.views import Completions, Lists, Pairs
 from align.testing.checks import variants
@@ -475,3 +476,14 @@ def test_no_lists_have_no_scores_outside() -> None:
         assert unit_scores(empty, "nothing follows").shape == (0,)
         (term,) = terms_of(METHODS.get("lipo_lambda")(), empty).values()
     assert term.values.shape == (0,)
+
+
+def test_hypo_says_what_it_wants_drawn() -> None:
+    plain, live = HyPO(), HyPO(live=2, max_new_tokens=1)
+    assert plain.live_samples() is None and live.live_samples() == Live(2, 1)
+    assert "samples" in plain.requires() and "samples" not in live.requires()
+    with pytest.raises(ConfigError, match="belongs to live samples"):
+        HyPO(max_new_tokens=7)
+    assert ["older policy" in said for said in plain.cautions()] == [True] and live.cautions() == ()
+    assert ["no others" in said for said in HyPO(live=1).cautions()] == [True]
+    assert HyPO(live=1, baseline="zero").cautions() == ()

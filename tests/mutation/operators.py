@@ -19,7 +19,7 @@ from tests.mutation.faults import OPERATORS, Place
 Way = tuple[tuple[str, int | None], ...]
 """From the root of a tree to a node: names of fields, with an index where the field is a list."""
 
-NOT_METHODS = ("__init__", "base", "evaluate")
+NOT_METHODS = ("__init__", "base", "claim", "evaluate")
 """Files of `align/methods` that hold no method and no stage of one."""
 
 _SKIPPED_KEYWORDS = {"doc", "id", "paper", "view", "why", "mend", "where"}
