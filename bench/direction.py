@@ -15,7 +15,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,13 @@ from align.methods import METHODS
 from align.methods.claim import METRICS, START, Claim
 from align.worlds import WORLDS
 from bench.direction_measure import Held, measure, measured_on
-from bench.direction_reports import REPORTS, report
+from bench.direction_reports import REPORTS, Job, report
 from bench.machine import provenance
 
 RESULT = Path(__file__).parent / "results" / "direction.json"
 TRIED = Path(__file__).parent / "direction_tried.json"
 """Method -> what was tried where its claim did not hold."""
 SEEDS = (0, 1, 2, 3, 4)
-POINTS = 4
-"""Points of a curve after its start."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: a shipped recipe `demo/NAME` on a world, on its own data or those of another recipe.
-
-    Attributes:
-        overrides: on the recipe's options. data: the recipe whose files are read; empty: its own.
-    """
-
-    world: str
-    recipe: str
-    data: str = ""
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        return " ".join([self.world, self.recipe, *([f"data:{self.data}"] if self.data else []), *self.overrides])
 
 
 def start_of(world: str) -> Job:
@@ -163,7 +142,7 @@ def run(number: int, out: Path, only: Sequence[str]) -> None:
         print(f"seed {number} {method} ({claim}) {time.monotonic() - began:.0f} s: {moved}", flush=True)
     for name in reports:
         for job in REPORTS[name].jobs:
-            seed.run(Job(*job) if isinstance(job, tuple) else job)
+            seed.run(job)
         print(f"seed {number} report {name}", flush=True)
 
 

@@ -20,8 +20,26 @@ RATES = (7.5e-5, 1.5e-4, 2.5e-4)
 
 
 @dataclass(frozen=True)
+class Job:
+    """One training: a shipped recipe `demo/NAME` on a world, on its own data or those of another recipe.
+
+    Attributes:
+        overrides: on the recipe's options. data: the recipe whose files are read; empty: its own.
+    """
+
+    world: str
+    recipe: str
+    data: str = ""
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return " ".join([self.world, self.recipe, *([f"data:{self.data}"] if self.data else []), *self.overrides])
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a paper says, and the jobs (world, recipe, data, overrides) that can show it: ours first, then theirs.
+    """What a paper says, and the jobs that can show it: ours first, then theirs.
 
     Attributes:
         metric: what is compared. at_equal: compare along a curve, at equal values of this metric.
@@ -29,26 +47,26 @@ class Report:
 
     says: str
     metric: str
-    ours: tuple[tuple[Any, ...], ...]
-    theirs: tuple[tuple[Any, ...], ...]
+    ours: tuple[Job, ...]
+    theirs: tuple[Job, ...]
     at_equal: str = ""
     beside: tuple[str, ...] = field(default=("gold_reward", "kl", "length"))
 
     @property
-    def jobs(self) -> tuple[tuple[Any, ...], ...]:
+    def jobs(self) -> tuple[Job, ...]:
         return (*self.ours, *self.theirs)
 
 
-def _one(world: str, recipe: str, data: str = "", *overrides: str) -> tuple[tuple[Any, ...], ...]:
-    return ((world, recipe, data, overrides),)
+def _one(world: str, recipe: str, data: str = "", *overrides: str) -> tuple[Job, ...]:
+    return (Job(world, recipe, data, overrides),)
 
 
-def _betas(world: str, recipe: str, *overrides: str) -> tuple[tuple[Any, ...], ...]:
-    return tuple((world, recipe, "", (f"method.beta={beta}", *overrides)) for beta in BETAS)
+def _betas(world: str, recipe: str, *overrides: str) -> tuple[Job, ...]:
+    return tuple(Job(world, recipe, "", (f"method.beta={beta}", *overrides)) for beta in BETAS)
 
 
-def _rates(world: str, recipe: str) -> tuple[tuple[Any, ...], ...]:
-    return tuple((world, recipe, "", (f"train.learning_rate={rate:g}",)) for rate in RATES)
+def _rates(world: str, recipe: str) -> tuple[Job, ...]:
+    return tuple(Job(world, recipe, "", (f"train.learning_rate={rate:g}",)) for rate in RATES)
 
 
 _LONG = _one("length_biased", "dpo")
@@ -114,22 +132,16 @@ REPORTS = {
 }
 
 
-def key(job: tuple[Any, ...]) -> str:
-    from bench.direction import Job
-
-    return Job(*job).key
-
-
 def report(name: str, found: Mapping[int, Mapping[str, Metrics]]) -> dict[str, Any] | None:
     """The difference with its interval over seeds; None where runs are missing."""
     one = REPORTS[name]
-    if any(key(job) not in runs for runs in found.values() for job in one.jobs):
+    if any(job.key not in runs for runs in found.values() for job in one.jobs):
         return None
     if one.at_equal:
         differences = [_at_equal(one, runs) for runs in found.values()]
     else:
         differences = [
-            runs[key(one.ours[0])][one.metric] - runs[key(one.theirs[0])][one.metric] for runs in found.values()
+            runs[one.ours[0].key][one.metric] - runs[one.theirs[0].key][one.metric] for runs in found.values()
         ]
     estimate = mean_interval(differences)
     sides = {"ours": one.ours, "theirs": one.theirs}
@@ -141,9 +153,9 @@ def report(name: str, found: Mapping[int, Mapping[str, Metrics]]) -> dict[str, A
         "runs": {
             side: [
                 {
-                    "job": key(job),
+                    "job": job.key,
                     **{
-                        metric: float(np.mean([runs[key(job)][metric] for runs in found.values()]))
+                        metric: float(np.mean([runs[job.key][metric] for runs in found.values()]))
                         for metric in (one.metric, *one.beside)
                     },
                 }
@@ -158,7 +170,7 @@ def _at_equal(one: Report, runs: Mapping[str, Metrics]) -> float:
     """The mean difference of the metric between two curves, over the values of `at_equal` that both reach."""
     curves = []
     for jobs in (one.ours, one.theirs):
-        points = sorted((runs[key(job)][one.at_equal], runs[key(job)][one.metric]) for job in jobs)
+        points = sorted((runs[job.key][one.at_equal], runs[job.key][one.metric]) for job in jobs)
         curves.append(np.array(points))
     low = max(curve[0, 0] for curve in curves)
     high = min(curve[-1, 0] for curve in curves)

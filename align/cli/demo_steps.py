@@ -153,8 +153,8 @@ class Demo:
 
     def align(self, method: str, made: Made) -> Outcome:
         """Train by the shipped recipe of a method, with the demo's model and pairs, and measure."""
-        output, seconds = self.train(method, made)
-        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        output, log = self.train(method, made)
+        seconds = float(next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry))
         epochs = schema.load(output / "recipe.yaml", []).train.num_train_epochs
         done = made.counts["pairs"] * epochs
         evaluation = self.measure(output / "policy", made)
@@ -166,15 +166,14 @@ class Demo:
         made: Made,
         overrides: Sequence[str] = (),
         watch: Callable[[Any], None] | None = None,
-    ) -> tuple[Path, float]:
-        """Train: (folder of the run, seconds)."""
+    ) -> tuple[Path, list[dict[str, Any]]]:
+        """Train: (folder of the run, what it logged)."""
         recipe = self.recipe(method, made, overrides)
         trainer = prepare(recipe)
         (watch or self._watch(f"aligning by {method}"))(trainer)
         trainer.train()
         output = Path(recipe.train.output_dir)
-        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        return output, float(next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry))
+        return output, [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
     def measure(self, policy: Path, made: Made) -> Evaluation:
         """A policy against the starting model, on held-out prompts, one completion each."""

@@ -21,7 +21,7 @@ from align.worlds.start import Start
 from align.worlds.style import Style
 from bench import direction
 from bench.direction_measure import measure, measured_on
-from bench.direction_reports import REPORTS, key, report
+from bench.direction_reports import REPORTS, report
 
 CLAIMS = {name: METHODS.get(name).claim for name in METHODS.entries()}
 
@@ -156,7 +156,7 @@ def test_a_comparison_at_equal_reward() -> None:
         for more, jobs in ((lift, one.ours), (0.0, one.theirs)):
             for place, job in enumerate(jobs):
                 reward = 0.2 + 0.1 * place + (0.05 if more else 0.0)
-                found[key(job)] = {"gold_reward": reward, "entropy": 30 - 40 * reward + more, "kl": 1.0, "length": 9.0}
+                found[job.key] = {"gold_reward": reward, "entropy": 30 - 40 * reward + more, "kl": 1.0, "length": 9.0}
         return found
 
     found = report("diversity: f_dpo", {seed: runs(1.5 + 0.1 * seed) for seed in range(5)})
