@@ -126,6 +126,7 @@ class TokenCompletion:
         step: int64 [T], the step (or turn) a token belongs to.
         finished: whether `ids` ends in an end token; false where the end was cut.
         step_rewards: one number for each step, earned at its last scored token.
+        columns: float [T] each, numbers that came with the tokens: `sampler_logp`, `old_logp`, `advantage`.
     """
 
     ids: np.ndarray
@@ -139,6 +140,7 @@ class TokenCompletion:
     weight: float = 1.0
     role: str = ""
     step_rewards: tuple[float, ...] | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -18,7 +18,7 @@ from align.core.options import check_all, option
 from align.methods.claim import Claim
 from align.scoring.views import VIEWS, View
 
-__all__ = ["Live", "Method", "Term", "Terms", "Unit", "finish", "method", "option"]
+__all__ = ["Draw", "Live", "Method", "Rollouts", "Stage", "Term", "Terms", "Unit", "finish", "method", "option"]
 
 Coupling = Literal["unit", "batch"]
 
@@ -101,6 +101,48 @@ class Live:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """`count` completions of every prompt by one policy, before a step: the present `policy`, the `reference`, or their
+    `mixture`, token by token softmax((1 - mix) log pi + mix log pi_ref)."""
+
+    origin: Literal["policy", "reference", "mixture"] = "policy"
+    count: int = 1
+    mix: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of shaping, by its id in `align.shaping`, with its options."""
+
+    id: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What an online method wants before a step.
+
+    Attributes:
+        draws: who writes the completions of a prompt; they stand in this order.
+        feedback: `reward`, a number for each completion, or `preference`, P(i beats j) between them.
+        select: what is trained on. `group`: all completions, with `reward`, and the columns that `shaping` makes.
+            `pair`: one preference between the first two, with `probability` and, from rewards, `margin`. `first`: the
+            first completion alone, its `reward` being P(it beats the second).
+        label: of `pair`. `hard`: the likelier one won, a tie is dropped; `sampled`: the winner is drawn from P; `prob`:
+            the likelier one is the winner and `probability` its P.
+        shaping: stages in order, over the whole batch of rollouts.
+        ratio: whether the loss compares with the policy that sampled, so that truncated sampling would be wrong.
+    """
+
+    draws: tuple[Draw, ...]
+    feedback: Literal["reward", "preference"]
+    select: Literal["group", "pair", "first"]
+    label: Literal["hard", "sampled", "prob"] = "hard"
+    shaping: tuple[Stage, ...] = ()
+    ratio: bool = False
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass of options with a declaration made by `@method`."""
 
@@ -152,6 +194,10 @@ class Method:
 
     def live_samples(self) -> Live | None:
         """Samples of the present policy that it wants drawn before each step; None: those of the data, or none."""
+        return None
+
+    def rollouts(self) -> Rollouts | None:
+        """What it wants sampled and judged before each step; None for a method that trains on data that are there."""
         return None
 
     def contexts(self) -> Mapping[str, str]:

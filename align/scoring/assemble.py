@@ -43,6 +43,7 @@ DATA_COLUMNS = frozenset(
         "rewards",
         "token_reward",
         "sampler_logp",
+        "advantage",
         "probability",
         "margin",
         "mismatched",
@@ -105,7 +106,7 @@ class ColumnsNeeded:
     @property
     def frozen(self) -> frozenset[str]:
         """Outputs that carry no gradient and are the same in a second pass over a batch."""
-        return self.reference | self.anchors
+        return self.reference | self.anchors | self.previous
 
 
 def columns_needed(method: Declares) -> ColumnsNeeded:
@@ -244,6 +245,8 @@ class _Branches:
             columns["reward"] = self.floats([one.reward for one in picked])
         if picked and all(one.step_rewards is not None for one in picked):
             columns["token_reward"] = self._token_rewards(picked, int(columns["step"].shape[1]))
+        for name in self._carried(picked):
+            columns.setdefault(name, self._token_column(picked, name))
         aspects = [name for name in (picked[0].rewards if picked else ()) if all(name in one.rewards for one in picked)]
         return Completions(
             mask=self.mask if whole else self.mask.index_select(0, index),
@@ -263,6 +266,13 @@ class _Branches:
                     row[np.flatnonzero(one.mask & (one.step == step))[-1]] = (one.step_rewards or ())[step]
         return torch.from_numpy(table).to(self.device, self.dtype)
 
+    def _carried(self, picked: Sequence[TokenCompletion]) -> list[str]:
+        """Names of the columns that came with every one of these completions."""
+        return [name for name in (picked[0].columns if picked else ()) if all(name in one.columns for one in picked)]
+
+    def _token_column(self, picked: Sequence[TokenCompletion], name: str) -> Tensor:
+        return torch.from_numpy(padded_column(picked, name, int(self.mask.shape[1]))).to(self.device, self.dtype)
+
     def marked(self, completions: Completions, marks: Sequence[np.ndarray | None]) -> Completions:
         """The completions with a `marked` column, where each has marks."""
         if not marks or any(own is None for own in marks):
@@ -273,6 +283,14 @@ class _Branches:
                 row[: len(own)] = own
         columns = {**completions.columns, "marked": torch.from_numpy(table).to(self.device)}
         return replace(completions, columns=columns)
+
+
+def padded_column(completions: Sequence[TokenCompletion], name: str, width: int) -> np.ndarray:
+    """A column that came with the tokens, float64 [N, width], 0 behind the end of a completion."""
+    table = np.zeros((len(completions), width))
+    for row, one in zip(table, completions, strict=True):
+        row[: len(one)] = one.columns[name]
+    return table
 
 
 @lru_cache(maxsize=1 << 16)

@@ -29,6 +29,7 @@ TOKEN_COLUMNS = (
     "logit",
     "logsumexp",
     "token_reward",
+    "advantage",
 )
 COMPLETION_COLUMNS = ("label", "reward", "weight", "finished", "key")
 
@@ -141,6 +142,11 @@ class Completions:
     @property
     def token_reward(self) -> Tensor:
         return self.column("token_reward")
+
+    @property
+    def advantage(self) -> Tensor:
+        """What shaping made of the rewards, [N, T], no gradient."""
+        return self.column("advantage")
 
     @property
     def value(self) -> Tensor:

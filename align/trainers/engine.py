@@ -14,7 +14,15 @@ from align.data.groups import TokenGroup
 from align.data.partners import add_mismatched
 from align.methods.base import Method, terms_of
 from align.reference.columns import Column
-from align.scoring.assemble import ANCHOR, ColumnsNeeded, columns_needed, make_view, placeholder_outputs, trees_of
+from align.scoring.assemble import (
+    ANCHOR,
+    ColumnsNeeded,
+    columns_needed,
+    make_view,
+    padded_column,
+    placeholder_outputs,
+    trees_of,
+)
 from align.scoring.backends import Backend
 from align.scoring.batching import plan
 from align.scoring.layout import PackedBatch, Tree
@@ -132,7 +140,17 @@ class Engine:
             with torch.no_grad(), self.roles.autocast(self.device.type):
                 frozen = self._frozen(micro)
         scored = self.module(packed=micro.packed, requests=self.requests, other=self.live)
+        if self.needed.previous and "old_logp" not in frozen:
+            frozen = {**frozen, "old_logp": self._old(micro, scored["logp"])}
         return {**scored, **frozen}
+
+    def _old(self, micro: MicroBatch, logp: Tensor) -> Tensor:
+        """Log-probs of the policy that the update started from, [n, T]: those that came with the completions, else this
+        very policy's, which is the same where a batch of rollouts feeds one step."""
+        branches = [branch for group in micro.groups for branch in (*group.completions, *group.mismatched)]
+        if not all("old_logp" in branch.columns for branch in branches):
+            return logp.detach()
+        return torch.from_numpy(padded_column(branches, "old_logp", int(logp.shape[1]))).to(logp)
 
     def _frozen(self, micro: MicroBatch) -> dict[str, Tensor]:
         """The reference's columns, and the anchors: other policies, or the reference after other prompts."""
