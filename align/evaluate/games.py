@@ -83,7 +83,7 @@ def three_raters(eps: float) -> Game:
     """Three kinds of raters in equal numbers, up to `eps`, each with a cycle of its own. Source: arXiv 2312.00886.
 
     P(y2 > y1) = 2/3 - eps/2 and the other two of the cycle 2/3 + eps/4. The equilibrium (1/3 + eps/2, 1/3 + eps/2,
-    1/3 - eps) is continuous in eps up to terms of second order, while the highest Bradley-Terry rating jumps at eps = 0.
+    1/3 - eps) is continuous in eps, while the highest Bradley-Terry rating jumps from y2 to y1 as eps turns positive.
     """
     P = np.full((3, 3), 0.5)
     for winner, loser, chance in ((1, 0, 2 / 3 - eps / 2), (0, 2, 2 / 3 + eps / 4), (2, 1, 2 / 3 + eps / 4)):
@@ -94,7 +94,7 @@ def three_raters(eps: float) -> Game:
 def ladder(strengths: Sequence[float]) -> Game:
     """The Bradley-Terry game of these strengths: P(i > j) = sigmoid(s_i - s_j). Nothing of it is cyclic."""
     s = np.asarray(strengths, float)
-    return _uniform(1 / (1 + np.exp(s[None, :] - s[:, None])), range(len(s)))
+    return _uniform(_sigmoid(s[:, None] - s), range(len(s)))
 
 
 def thresholded(P: np.ndarray) -> np.ndarray:
@@ -263,13 +263,10 @@ def cyclic_fraction(P: np.ndarray, scale: Literal["probability", "logit"] = "pro
 def bradley_terry(counts: np.ndarray) -> np.ndarray:
     """Maximum-likelihood strengths s [n], of mean 0, from counts[i, j] of i beating j; weights will do for counts.
 
-    Newton's method on a convex function.
-
     Raises:
         ConfigError: some answers never lose to the others, so that no finite strengths are the likeliest.
     """
     n = len(counts)
-    both = counts + counts.T
     reach = np.linalg.matrix_power(np.eye(n) + (counts > 0), n) > 0
     if not reach.all():
         raise ConfigError(
@@ -277,27 +274,40 @@ def bradley_terry(counts: np.ndarray) -> np.ndarray:
             why="some answers never lost to any of the others",
             mend="compare more, or smooth the counts",
         )
-    scale = both.sum()
-    s = np.zeros(n)
+    both = counts + counts.T
+    return _strengths(both, counts / np.where(both > 0, both, 1))
 
-    def loss(at: np.ndarray) -> float:
-        return float((counts * np.logaddexp(0, at[None, :] - at[:, None])).sum() / scale)
 
+def _strengths(weight: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    """s [n] of mean 0 with sum_j weight[i, j] (rate[i, j] - sigmoid(s_i - s_j)) = 0 for every i.
+
+    A row of `weight` may be scaled by any number: here to sum 1, so that an answer that hardly ever occurs is rated as
+    exactly as the others. Newton's method, halving the step where the residual would not fall.
+    """
+    weight = weight * (1 - np.eye(len(weight)))
+    weight = weight / weight.sum(1, keepdims=True)
+
+    def residual(at: np.ndarray) -> np.ndarray:
+        return (weight * (rate - _sigmoid(at[:, None] - at))).sum(1)
+
+    s = np.zeros(len(weight))
+    r = residual(s)
     for _ in range(_ROUNDS):
-        p = 1 / (1 + np.exp(s[None, :] - s[:, None]))
-        slope = (both * p - counts).sum(1) / scale
-        if np.abs(slope).max() < 1e-15:
+        if np.abs(r).max() < 1e-14:
             break
-        curvature = -both * p * (1 - p) / scale
-        np.fill_diagonal(curvature, 0)
-        np.fill_diagonal(curvature, -curvature.sum(1))
-        direction = centred(np.linalg.lstsq(curvature, -slope, rcond=1e-300)[0])
-        step = 1.0
-        while step > 1e-8 and loss(s + step * direction) > loss(s) + 1e-4 * step * float(slope @ direction):
+        p = _sigmoid(s[:, None] - s)
+        slope = weight * p * (1 - p)
+        slope -= np.diag(slope.sum(1))
+        direction = centred(np.linalg.lstsq(slope, -r, rcond=1e-15)[0])
+        step = min(1.0, 4 / float(np.abs(direction).max()))
+        while step > 1e-9 and np.linalg.norm(residual(s + step * direction)) >= np.linalg.norm(r):
             step /= 2
-        if step <= 1e-8:  # the loss does not change any more in float64
+        if step <= 1e-9:  # rounding: the residual does not fall any more
             break
         s = s + step * direction
+        r = residual(s)
+    if np.abs(r).max() > 1e-9:
+        raise ConfigError("Bradley-Terry strengths do not converge", why=f"{np.abs(r).max():.2g} of a win rate is left")
     return s
 
 
@@ -366,7 +376,7 @@ def best_response(pi: np.ndarray, P: np.ndarray, ref: np.ndarray, tau: float) ->
 
 def preference_step(pi: np.ndarray, P: np.ndarray, anchor: np.ndarray, beta: float) -> np.ndarray:
     """anchor exp(s / beta) / Z, s the Bradley-Terry fit to pairs of pi: dpo to convergence on its own samples."""
-    return exponential_step(anchor, bradley_terry(np.outer(pi, pi) * P), 1 / beta)
+    return exponential_step(anchor, _strengths(np.tile(pi, (len(pi), 1)), P), 1 / beta)
 
 
 def spin_step(pi: np.ndarray, data: np.ndarray, beta: float) -> np.ndarray:
@@ -383,7 +393,7 @@ def alpha_spin_step(pi: np.ndarray, base: np.ndarray, data: np.ndarray, alpha: f
 
 
 def best_of(pi: np.ndarray, rewards: np.ndarray, k: int) -> np.ndarray:
-    """The law of the best of k draws, [n]: F(y)^k - F(y-)^k, ties shared in proportion to pi. raft with infinite data."""
+    """The law of the best of k draws, [n]: F(y)^k - F(y-)^k, ties shared in proportion to pi. It is exact raft."""
     below = np.array([pi[rewards < r].sum() for r in rewards])
     level = np.array([pi[rewards == r].sum() for r in rewards])
     return pi / np.where(level > 0, level, 1) * ((below + level) ** k - below**k)
@@ -407,6 +417,10 @@ def normalised(logits: np.ndarray) -> np.ndarray:
 
 def centred(values: np.ndarray) -> np.ndarray:
     return values - values.mean()
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def _log_sum_exp(values: np.ndarray) -> float:
