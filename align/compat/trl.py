@@ -21,9 +21,15 @@ def has_logp_kernel() -> bool:
 
 
 def chunked_logp(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float | None,
+    scale: float,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """log p(target) of z = cap * tanh(scale * z / cap), float32 [M], without logits in memory.
+    """log p(target) of z / temperature, z = cap * tanh(scale * z / cap), float32 [M], without logits in memory.
 
     `trl.kernels.chunked_logprob.ChunkedLogProbFunction` (1.16) takes positional arguments and returns five columns.
 
@@ -32,7 +38,9 @@ def chunked_logp(
     """
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    outputs = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, _VOCABULARY_CHUNK, cap, scale, ())
+    outputs = ChunkedLogProbFunction.apply(
+        hidden, weight, bias, targets, temperature, _VOCABULARY_CHUNK, cap, scale, ()
+    )
     logp: Tensor = outputs[0]
     return logp
 

@@ -147,13 +147,23 @@ class TokenCompletion:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A prompt as it was read, for those who answer and judge: text or messages, and the row's columns."""
+
+    prompt: str | tuple[Message, ...]
+    tools: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenGroup:
     """A group as tokens: prompt ids int64 [P] (made once), completions, preferences by index.
 
     For the `pairs` view `preferences` lists the pairs to train on. For `singles` every completion is a unit, and
     `mismatched[i]`, where filled in by `data.partners`, is another row's completion scored after this prompt
     (KTO's KL estimate). For `lists` the whole group is a unit. `contexts` are other prompts, by name, after which a
-    method wants the reference's log-probs of the same completions.
+    method wants the reference's log-probs of the same completions. For `prompts` there are no completions, and
+    `question` is what the row asks.
     """
 
     row: RowId
@@ -162,6 +172,7 @@ class TokenGroup:
     preferences: tuple[Preference, ...] = ()
     mismatched: tuple[TokenCompletion, ...] = ()
     contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    question: Question | None = None
 
     @property
     def tokens(self) -> int:

@@ -129,9 +129,9 @@ class PreparedData:
     def rows_parsed(self) -> int:
         return self.dataset.rows_parsed
 
-    def sampler(self, rows_per_step: int, seed: int, shuffle: bool = True) -> GlobalBatchSampler:
+    def sampler(self, rows_per_step: int, seed: int, shuffle: bool = True, repeat: int = 1) -> GlobalBatchSampler:
         orders = None if self.mixture is None else partial(self.mixture.order, seed, shuffle=shuffle)
-        return GlobalBatchSampler(len(self.dataset), rows_per_step, seed, shuffle, orders)
+        return GlobalBatchSampler(len(self.dataset), rows_per_step, seed, shuffle, orders, repeat)
 
 
 @dataclass(frozen=True)

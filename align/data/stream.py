@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, overload
 
 import numpy as np
 
 from align.core import seeds
-from align.data.groups import Group, RowId, TokenGroup
+from align.data.groups import Group, Question, RowId, TokenGroup
 from align.data.reader import Reader
 from align.data.rows import BadRow, RowError
 from align.data.sources import Source
@@ -109,6 +109,7 @@ class GlobalBatchSampler:
 
     Args:
         n_rows: rows of an epoch that takes every row once.
+        repeat: steps in a row that get the same rows (a batch of rollouts feeds several).
         orders: epoch -> its order, where epochs are made otherwise (a mixture).
     """
 
@@ -119,8 +120,9 @@ class GlobalBatchSampler:
         seed: int,
         shuffle: bool = True,
         orders: Callable[[int], RowOrder] | None = None,
+        repeat: int = 1,
     ) -> None:
-        self.rows_per_step = rows_per_step
+        self.rows_per_step, self.repeat = rows_per_step, repeat
         self.start = 0
         self._orders = orders or partial(epoch_order, n_rows, seed, shuffle=shuffle)
         self._order: RowOrder = self._orders(0)
@@ -138,13 +140,14 @@ class GlobalBatchSampler:
             self._order = self._orders(epoch)
 
     def __len__(self) -> int:
-        return -(-self.n_rows // self.rows_per_step)
+        return -(-self.n_rows // self.rows_per_step) * self.repeat
 
     def batch(self, step: int) -> list[int]:
         """The rows of one step of the epoch."""
         if not 0 <= step < len(self):
             raise IndexError(step)
-        return self._order.rows(step * self.rows_per_step, min((step + 1) * self.rows_per_step, self.n_rows))
+        place = step // self.repeat
+        return self._order.rows(place * self.rows_per_step, min((place + 1) * self.rows_per_step, self.n_rows))
 
     def __iter__(self) -> Iterator[list[int]]:
         first, self.start = self.start, 0
@@ -197,6 +200,7 @@ class GroupDataset:
         self, sources: Sequence[Source], readers: Sequence[Reader], tokenise: Callable[[Group], TokenGroup]
     ) -> None:
         self.sources, self.readers, self.tokenise = list(sources), list(readers), tokenise
+        self.asks = getattr(tokenise, "view", "") == "prompts"
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
 
     def __len__(self) -> int:
@@ -224,7 +228,11 @@ class GroupDataset:
         if isinstance(value, BadRow):
             return Hole(row_id, index, value.field, value.reason)
         try:
-            return self.tokenise(self.readers[number](value, row_id))
+            group = self.readers[number](value, row_id)
+            made = self.tokenise(group)
+            if self.asks:
+                return replace(made, question=Question(group.prompt, group.tools, value))
+            return made
         except RowError as error:
             return Hole(row_id, index, error.field, error.reason, error.dropped)
 

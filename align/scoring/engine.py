@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,15 +44,17 @@ def score(
     wanted = tuple(sorted(set(needs)))
     _check(wanted, other)
     selected, live = _select(hidden_states(model, packed), packed.read_position)
+    transform = replace(logit_transform(model), temperature=packed.temperature)
     second = None
     if other is not None and NEEDS_OTHER & set(wanted):
         with torch.no_grad(), other_context():
             states, _ = _select(hidden_states(other, packed), packed.read_position)
-        second = Other(head_of(other), states, logit_transform(other), other_context)
+        theirs = replace(logit_transform(other), temperature=packed.temperature)
+        second = Other(head_of(other), states, theirs, other_context)
     targets, cells = packed.read_target, packed.read_cell
     if not live:
         targets = cells = packed.read_position.new_zeros(1)
-    columns = evaluate(head_of(model), selected, targets, wanted, logit_transform(model), second, limits)
+    columns = evaluate(head_of(model), selected, targets, wanted, transform, second, limits)
     shape = (packed.n_branches, packed.width)
     return {name: scatter(values if live else values * 0, cells, shape) for name, values in columns.items()}
 

@@ -19,14 +19,12 @@ MASKED_TYPES = frozenset({FULL, SLIDING})
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's output: z -> cap * tanh(scale * z / cap), or scale * z without a cap."""
+    """What becomes of a head's output: z -> cap * tanh(scale * z / cap), or scale * z without a cap, which are the
+    model's own, and then / temperature, which is that of the sampling."""
 
     scale: float = 1.0
     cap: float | None = None
-
-    @property
-    def plain(self) -> bool:
-        return self.scale == 1.0 and self.cap is None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ def evaluate(
         if fused:
             plain: Any = head
             rule = call.transform
-            return (chunked_logp(states, plain.weight, plain.bias, targets, rule.cap, rule.scale),)
+            weights = (plain.weight, plain.bias)
+            return (chunked_logp(states, *weights, targets, rule.cap, rule.scale, rule.temperature),)
         return _Chunks.apply(states, head.weight, head.bias, call)  # type: ignore[no-any-return]
 
     return dict(zip(wanted, call_swapped(head, forward, hidden), strict=True))
@@ -223,7 +224,9 @@ def widened(logits: Tensor) -> Tensor:
 def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
     if transform.scale != 1.0:
         logits = logits * transform.scale
-    return logits if transform.cap is None else torch.tanh(logits / transform.cap) * transform.cap
+    if transform.cap is not None:
+        logits = torch.tanh(logits / transform.cap) * transform.cap
+    return logits if transform.temperature == 1.0 else logits / transform.temperature
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -352,6 +355,8 @@ def _logit_gradient(call: Call, logits: Tensor, other: Tensor | None, part: slic
     upstream = grads[0].to(used.dtype)[:, None]
     grad = torch.softmax(used, dim=-1).mul_(-upstream)
     grad.scatter_add_(1, call.targets[part][:, None], upstream)
-    if call.transform.cap is not None:
-        grad.mul_(1 - (used / call.transform.cap).square())
-    return grad if call.transform.scale == 1.0 else grad.mul_(call.transform.scale)
+    rule = call.transform
+    if rule.cap is not None:
+        grad.mul_(1 - (used * (rule.temperature / rule.cap)).square())
+    slope = rule.scale / rule.temperature
+    return grad if slope == 1.0 else grad.mul_(slope)

@@ -114,6 +114,7 @@ class PackedBatch:
         state_cell: long [S], its place in the flattened [N, T + 1] grid.
         n_branches: N. width: T.
         unique_tokens: tokens with each prompt once. naive_tokens: with the prompt repeated for each branch.
+        temperature: log-probs are those of softmax(logits / temperature), of every model that scores the batch.
     """
 
     backend: str
@@ -129,6 +130,7 @@ class PackedBatch:
     width: int
     unique_tokens: int
     naive_tokens: int
+    temperature: float = 1.0
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device (itself if it is there)."""

@@ -49,6 +49,7 @@ _FIXED = (
     "reference",
     "reference_model",
     "guide_model",
+    "previous_model",
 )
 
 
@@ -209,8 +210,7 @@ class AlignTrainer(Trainer):
         model.train()
         engine = self.engine_for(model)
         seed = derive(self.args.seed, "step", self.state.global_step)
-        self.data.note(inputs)
-        groups = engine.ready(inputs.groups, seed)
+        groups = self.groups_of(engine, inputs, seed)
         if not groups:
             logger.warning("step %d has no usable row, so no gradient", self.state.global_step)
             return self._empty_step(engine, seed)
@@ -221,6 +221,15 @@ class AlignTrainer(Trainer):
         self.method_state = result.state
         self.meter.add({"micro_batches": (torch.tensor(float(result.micro_batches)), 1.0)})
         return result.loss
+
+    def groups_of(self, engine: Engine, inputs: GlobalBatch, seed: int) -> list[TokenGroup]:
+        """What a step trains on, out of an item of the loader. A collective."""
+        self.data.note(inputs)
+        return engine.ready(inputs.groups, seed)
+
+    def dummy(self) -> TokenGroup:
+        """What a step without rows runs times zero."""
+        return self.data.dummy()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -260,7 +269,7 @@ class AlignTrainer(Trainer):
                 torch.cuda.empty_cache()
 
     def _empty_step(self, engine: Engine, seed: int) -> Tensor:
-        groups = engine.ready([self.data.dummy()], seed)
+        groups = engine.ready([self.dummy()], seed)
         share = engine.share(groups)
         with synchronising(self.accelerator, engine.module, last=True):
             outputs = engine.outputs(share.micros[-1])

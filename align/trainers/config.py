@@ -85,6 +85,9 @@ class AlignConfig(TrainingArguments):
     reference_model: str | None = _doc(None, "path or hub id of the reference; None: the starting policy")
     reference_cache: str | None = _doc(None, "folder of the log-prob cache; None: ~/.cache/align/logps")
     guide_model: str | None = _doc(None, "path or hub id of the policy that gives `anchor.guide` (tgdpo, brain)")
+    previous_model: str | None = _doc(
+        None, "path of the policy that gives `anchor.previous`; None: the starting policy"
+    )
     ema_decay: float = _doc(0.6, "weight of the policy in an EMA refresh")
     ema_every: int = _doc(512, "optimiser steps between EMA refreshes")
     value_learning_rate: float | None = _doc(None, "learning rate of the value role; None: the policy's")

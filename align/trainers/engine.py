@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Engine:
         live_samples: adds samples of the present policy to a batch, or None.
         guides: other frozen policies, by the names of their `anchor.` columns.
         budget: tokens per micro-batch.
+        temperature: log-probs of all policies are those at this temperature, at which rollouts were sampled.
     """
 
     module: Any
@@ -80,6 +81,7 @@ class Engine:
     live: Any = None
     live_samples: Callable[[Sequence[TokenGroup], int], list[TokenGroup]] | None = None
     guides: Mapping[str, Column] = field(default_factory=dict)
+    temperature: float = 1.0
     needed: ColumnsNeeded = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +129,11 @@ class Engine:
         rows = torch.cat(
             [torch.arange(start, start + len(tree.branches)) for start, tree in zip(starts, trees, strict=True)]
         )
-        return MicroBatch(tuple(groups), rows, trees, self.backend.pack(trees, self.device), dummy)
+        return MicroBatch(tuple(groups), rows, trees, self._packed(trees), dummy)
+
+    def _packed(self, trees: list[Tree]) -> PackedBatch:
+        packed = self.backend.pack(trees, self.device)
+        return packed if self.temperature == 1.0 else replace(packed, temperature=self.temperature)
 
     def outputs(self, micro: MicroBatch, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Policy, value and reference numbers of a micro-batch, [n, T]; gradients flow where autograd is on.
@@ -141,34 +147,38 @@ class Engine:
                 frozen = self._frozen(micro)
         scored = self.module(packed=micro.packed, requests=self.requests, other=self.live)
         if self.needed.previous and "old_logp" not in frozen:
-            frozen = {**frozen, "old_logp": self._old(micro, scored["logp"])}
+            # The policy that the update started from: this very one, where a batch of rollouts feeds one step.
+            old = self._carried(micro, "old_logp")
+            frozen = {**frozen, "old_logp": scored["logp"].detach() if old is None else old}
         return {**scored, **frozen}
 
-    def _old(self, micro: MicroBatch, logp: Tensor) -> Tensor:
-        """Log-probs of the policy that the update started from, [n, T]: those that came with the completions, else this
-        very policy's, which is the same where a batch of rollouts feeds one step."""
+    def _carried(self, micro: MicroBatch, name: str) -> Tensor | None:
+        """A column that came with every completion of a micro-batch, [n, T]; None where it did not."""
         branches = [branch for group in micro.groups for branch in (*group.completions, *group.mismatched)]
-        if not all("old_logp" in branch.columns for branch in branches):
-            return logp.detach()
-        return torch.from_numpy(padded_column(branches, "old_logp", int(logp.shape[1]))).to(logp)
+        if not all(name in branch.columns for branch in branches):
+            return None
+        return torch.from_numpy(padded_column(branches, name, micro.packed.width)).to(self.device, torch.float32)
 
     def _frozen(self, micro: MicroBatch) -> dict[str, Tensor]:
         """The reference's columns, and the anchors: other policies, or the reference after other prompts."""
-        found = (
-            {} if self.column is None else dict(self.column.column(micro.packed, micro.trees, self.needed.reference))
-        )
+        found: dict[str, Tensor] = {}
+        carried = self._carried(micro, "ref_logp") if self.needed.reference else None
+        if carried is not None:
+            found["ref_logp"] = carried
+        elif self.column is not None:
+            found |= self.column.column(micro.packed, micro.trees, self.needed.reference)
         for full in sorted(self.needed.anchors):
             name = full.removeprefix(ANCHOR)
             if name in self.guides:
                 found[full] = self.guides[name].column(micro.packed, micro.trees, {f"{name}_logp"})[f"{name}_logp"]
             elif self.column is not None and name in self.method.contexts():
                 trees = trees_of(micro.groups, name)
-                packed = self.backend.pack(trees, self.device)
+                packed = self._packed(trees)
                 found[full] = self.column.column(packed, trees, {"ref_logp"})["ref_logp"]
             else:
                 raise ConfigError(
                     f"method `{self.method.id}` needs log-probs of a frozen policy named `{name}`",
-                    mend="set `guide_model` (`reference.guide` in a recipe)",
+                    mend="set `guide_model` or `previous_model` (`reference.guide`, `reference.previous` in a recipe)",
                 )
         return found
 

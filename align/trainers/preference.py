@@ -31,7 +31,7 @@ from align.trainers.loading import (
     refuse_config,
     trainable_in_float32,
 )
-from align.trainers.references import Reference, build_column, check_guide, choose, guides
+from align.trainers.references import Reference, build_column, check_guide, choose, guides, previous
 from align.trainers.roles import RoleModule
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,9 @@ class PreferenceTrainer(AlignTrainer):
             logger.info(
                 "`generate` of the saved model stops at `%s` too, which ends a turn in the chat template", added
             )
-        self.reference: Reference | None = choose(chosen, args, policy, model if isinstance(model, str) else None)
+        source = model if isinstance(model, str) else None
+        self.reference: Reference | None = choose(chosen, args, policy, source)
+        self._previous = previous(chosen, args, policy, source)
         module = RoleModule(roles, DTYPES[args.dtype])
         super().__init__(module, chosen, args, data, tokenizer, callbacks, optimizers)
         self.expect_equal = self.reference is not None and self.reference.starts_equal
@@ -123,7 +125,7 @@ class PreferenceTrainer(AlignTrainer):
         engine.live_samples = live_samples(
             self.method.live_samples(), roles, self.tokenizer, self.args, self.rank, self.world
         )
-        engine.guides = guides(self.args, backend, self.accelerator)
+        engine.guides = guides(self.args, backend, self.accelerator, self._previous)
         return engine
 
     def _any_rank(self, here: bool) -> bool:

@@ -35,7 +35,7 @@ from align.trainers.loading import DTYPES, freeze, frozen_copy, frozen_weights, 
 
 logger = logging.getLogger(__name__)
 
-GUIDE = "anchor.guide"
+GUIDE, PREVIOUS = "anchor.guide", "anchor.previous"
 MOVING = ("ema", "previous_epoch")
 
 
@@ -102,16 +102,31 @@ def check_guide(method: Method, args: AlignConfig) -> None:
             else f"method `{method.id}` has no guide, and `guide_model` is set",
             mend="set `guide_model` (`reference.guide` in a recipe)" if needed else "remove it",
         )
+    if args.previous_model is not None and PREVIOUS not in columns_needed(method).anchors:
+        raise ConfigError(f"method `{method.id}` has no previous policy, and `previous_model` is set", mend="remove it")
 
 
-def guides(args: AlignConfig, backend: Backend, accelerator: Any) -> dict[str, Column]:
+def previous(method: Method, args: AlignConfig, policy: nn.Module, name: str | None) -> nn.Module | None:
+    """The policy as it is now, frozen, for a method that reads `anchor.previous`; None for others."""
+    if PREVIOUS not in columns_needed(method).anchors:
+        return None
+    source = args.previous_model or name
+    if source is None:
+        return frozen_copy(policy, DTYPES[args.dtype])
+    return freeze(frozen_weights(load_model(source, torch.float32, args.trust_remote_code), DTYPES[args.dtype]))
+
+
+def guides(args: AlignConfig, backend: Backend, accelerator: Any, before: nn.Module | None = None) -> dict[str, Column]:
     """The frozen policies beside the reference, by the names of their `anchor.` columns."""
-    if args.guide_model is None:
-        return {}
-    model = load_model(args.guide_model, torch.float32, args.trust_remote_code)
-    frozen = freeze(frozen_weights(model, DTYPES[args.dtype])).to(accelerator.device)
-    prepare(frozen, backend.name, probe=False)
-    return {"guide": Frozen(_sharded_like(frozen, accelerator), name="guide")}
+    found: dict[str, nn.Module] = {}
+    if args.guide_model is not None:
+        model = load_model(args.guide_model, torch.float32, args.trust_remote_code)
+        found["guide"] = freeze(frozen_weights(model, DTYPES[args.dtype]))
+    if before is not None:
+        found["previous"] = before
+    for model in found.values():
+        prepare(model.to(accelerator.device), backend.name, probe=False)
+    return {name: Frozen(_sharded_like(model, accelerator), name=name) for name, model in found.items()}
 
 
 def _refuse(method: Method, args: AlignConfig, adapter: bool, live: bool) -> None:
