@@ -12,10 +12,11 @@ export TOKENIZERS_PARALLELISM := false
 install: $(STAMP)
 
 # torch comes first and by its exact pin: a range would bring the newest build for GPUs, several GB.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-vllm.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	touch $(STAMP)
 
 check: install
