@@ -87,6 +87,16 @@ class World(ABC):
         """The gold reward as a reward function, in the form that recipes and `align evaluate` take."""
         return f"{type(self).__module__}:gold_reward"
 
+    @property
+    def preference_name(self) -> str:
+        """P(first is preferred) as a function of lists of prompts, first and second completions, in that form."""
+        return f"{type(self).__module__}:gold_preference"
+
+    def win_probability(self, prompt: str, first: str, second: str) -> float:
+        """P(first is preferred to second). Here: 1 or 0 as the gold reward says, 1/2 for a tie."""
+        order = _order(self.reward(prompt, first), self.reward(prompt, second))
+        return 0.5 if order is None else float(order)
+
     def compare(self, prompt: str, first: str, second: str, seed: int, row: int) -> Preferred:
         """What the annotator of row `row` prefers. Here: what the gold reward says, always."""
         return Preferred(_order(self.reward(prompt, first), self.reward(prompt, second)), "gold")

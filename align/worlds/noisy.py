@@ -44,3 +44,10 @@ def gold_reward(prompts: list, completions: list, **columns: object) -> list[flo
     from align.worlds import style
 
     return style.gold_reward(prompts, completions, **columns)
+
+
+def gold_preference(prompts: list, first: list, second: list, **columns: object) -> list[float]:
+    """The gold preference of `style`, for the same reason."""
+    from align.worlds import style
+
+    return style.gold_preference(prompts, first, second, **columns)

@@ -158,6 +158,15 @@ def gold_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: A
     ]
 
 
+def gold_preference(prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the first has the higher gold reward, 0 where the second has, 1/2 for a tie; texts or messages."""
+    judge = Style()
+    return [
+        judge.win_probability(last_content(prompt), last_content(one), last_content(other))
+        for prompt, one, other in zip(prompts, first, second, strict=True)
+    ]
+
+
 def asked(prompt: str) -> tuple[str, list[str]]:
     """The tone and the nouns that a prompt asks for.
 

@@ -123,5 +123,5 @@ def test_a_foreign_prompt_is_refused() -> None:
 
 
 def test_worlds_are_registered() -> None:
-    assert set(WORLDS.entries()) == {"style", "noisy", "flipped", "length_biased"}
+    assert set(WORLDS.entries()) == {"style", "noisy", "flipped", "length_biased", "twist"}
     assert WORLDS.entries()["noisy"].options["flip"] == 0.3
