@@ -16,14 +16,13 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from align.core import seeds
 from align.core.errors import ConfigError, ModelError
 from align.core.progress import Progress, silent
-from align.sampling.base import Rollout, SamplingParams
+from align.sampling.base import Request, Rollout, SamplingParams
+from align.sampling.completions import Decoder, as_ids, refuse_not_finite
 from align.sampling.draw import Drawing
 from align.scoring.backends import plain_attention
 from align.scoring.facts import language_model
 
 _log = logging.getLogger(__name__)
-_CONTEXT = 8
-"""Tokens before a completion with which it is decoded, so that a leading space is not lost."""
 _SMALL = 8
 """Rows of a batch that is not worth making smaller."""
 _STEP_COST = 4
@@ -87,7 +86,7 @@ class HFSampler:
     def end_ids(self) -> frozenset[int]:
         """Tokens that end a completion."""
         config = getattr(language_model(self.model), "generation_config", None)
-        return self._extra_ends | _ids(self.tokenizer.eos_token_id) | _ids(getattr(config, "eos_token_id", None))
+        return self._extra_ends | as_ids(self.tokenizer.eos_token_id) | as_ids(getattr(config, "eos_token_id", None))
 
     @property
     def positions(self) -> int | None:
@@ -108,53 +107,29 @@ class HFSampler:
         self,
         prefixes: Sequence[Sequence[int]],
         n: int | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         progress: Progress = silent,
     ) -> list[list[Rollout]]:
-        """See `Sampler.sample`. `progress` counts completions.
+        """See `Sampler.sample`. Prefixes of one temperature, top_k and top_p share batches.
 
         Raises:
             ConfigError: an empty or too long prefix, or an id outside the vocabulary.
             ModelError: the model gives numbers that are not finite.
         """
-        counts = [n] * len(prefixes) if isinstance(n, int) else list(n)
-        self._check(prefixes, counts, params)
-        rows = [
-            _Row(prefix, (number, sample), _uniforms(params, number, sample))
-            for number, (prefix, count) in enumerate(zip(prefixes, counts, strict=True))
-            for sample in range(count)
-        ]
-        out: list[list[Rollout | None]] = [[None] * count for count in counts]
-        contexts = {number: _context(self.tokenizer, prefix) for number, prefix in enumerate(prefixes)}
-        ends = self.end_ids
-        with _for_sampling(self.model):
-            for done in self._finished(rows, params, ends):
-                for row, rollout in zip(done, self._rollouts(done, contexts, ends), strict=True):
-                    number, sample = row.place
-                    out[number][sample] = rollout
-                progress(len(done))
-        return out  # type: ignore[return-value]
-
-    def _check(self, prefixes: Sequence[Sequence[int]], counts: Sequence[int], params: SamplingParams) -> None:
-        if len(counts) != len(prefixes):
-            raise ConfigError(f"{len(counts)} counts for {len(prefixes)} prefixes", mend="give one number, or one each")
-        if any(count < 0 for count in counts):
-            raise ConfigError(f"{min(counts)} completions of a prefix", mend="ask for 0 or more")
         vocabulary = int(language_model(self.model).get_input_embeddings().num_embeddings)
-        for number, prefix in enumerate(prefixes):
-            if not len(prefix):
-                raise ConfigError(f"prefix {number} is empty", mend="begin it with the BOS token")
-            if not 0 <= min(prefix) <= max(prefix) < vocabulary:
-                raise ConfigError(
-                    f"prefix {number} holds an id outside the vocabulary of {vocabulary}",
-                    mend="encode it with the model's own tokenizer",
-                )
-        longest = max((len(prefix) for prefix in prefixes), default=0) + params.max_new_tokens
-        if self.positions is not None and longest > self.positions:
-            raise ConfigError(
-                f"a prefix and `max_new_tokens` make {longest} tokens, and the model has {self.positions} positions",
-                mend="lower `max_new_tokens`, or leave long prefixes out",
-            )
+        request = Request.of(prefixes, n, params, vocabulary=vocabulary, positions=self.positions)
+        out: list[list[Rollout | None]] = [[None] * count for count in request.counts]
+        ends = self.end_ids
+        decoder = Decoder(self.tokenizer, prefixes, ends)
+        with _for_sampling(self.model):
+            for rows, shared in _alike(request):
+                for done in self._finished(rows, shared, ends):
+                    drawn = decoder.rollouts([(row.place[0], row.ids, row.logp) for row in done])
+                    for row, rollout in zip(done, drawn, strict=True):
+                        number, sample = row.place
+                        out[number][sample] = rollout
+                    progress(len(done))
+        return out  # type: ignore[return-value]
 
     def _finished(self, rows: list[_Row], params: SamplingParams, ends: frozenset[int]) -> Iterator[list[_Row]]:
         """Run batches; yield rows as they end. What a batch leaves unfinished goes on in a batch of its like."""
@@ -231,21 +206,6 @@ class HFSampler:
         own = self.tokenizer.pad_token_id
         return int(own) if own is not None else min(ends, default=0)
 
-    def _rollouts(
-        self, rows: list[_Row], contexts: Mapping[int, tuple[list[int], str]], ends: frozenset[int]
-    ) -> list[Rollout]:
-        finished = [row.ids[-1] in ends for row in rows]
-        before = [contexts[row.place[0]] for row in rows]
-        bodies = [row.ids[:-1] if ended else row.ids for row, ended in zip(rows, finished, strict=True)]
-        joined = _decode(self.tokenizer, [[*ids, *body] for (ids, _), body in zip(before, bodies, strict=True)])
-        rollouts = []
-        for row, ended, (_, start), text, body in zip(rows, finished, before, joined, bodies, strict=True):
-            own = text[len(start) :] if text.startswith(start) else _decode(self.tokenizer, [body])[0]
-            rollouts.append(
-                Rollout(np.asarray(row.ids, dtype=np.int64), np.asarray(row.logp, dtype=np.float32), own, ended)
-            )
-        return rollouts
-
 
 class _Thinned(StoppingCriteria):
     """Stops a batch most of whose rows have ended, where to begin anew without them is cheaper than to go on."""
@@ -276,14 +236,23 @@ def _append(batch: Sequence[_Row], drawn: np.ndarray, logp: np.ndarray, ends: fr
         first = int(over[number].argmax()) + 1 if over[number].any() else steps
         count = min(first, row.left)
         numbers = logp[number, :count]
-        if not np.isfinite(numbers).all():
-            raise ModelError(
-                "the model gives numbers that are not finite",
-                where=f"prefix {row.place[0]}, token {len(row.ids) + int((~np.isfinite(numbers)).argmax())}",
-                mend="check the weights; float16 overflows where bfloat16 does not",
-            )
+        refuse_not_finite(numbers, row.place[0], len(row.ids))
         row.ids.extend(drawn[number, :count].tolist())
         row.logp.extend(numbers.tolist())
+
+
+def _alike(request: Request) -> Iterator[tuple[list[_Row], SamplingParams]]:
+    """Rows that are cut alike, so that one call draws for all of them, with their parameters."""
+    groups: dict[tuple[float, int, float], list[_Row]] = {}
+    shared: dict[tuple[float, int, float], SamplingParams] = {}
+    for number, (prefix, count, own) in enumerate(zip(request.prefixes, request.counts, request.params, strict=True)):
+        key = (own.temperature, own.top_k, own.top_p)
+        shared.setdefault(key, own)
+        groups.setdefault(key, []).extend(
+            _Row(prefix, (number, sample), _uniforms(own, number, sample)) for sample in range(count)
+        )
+    for key, rows in groups.items():
+        yield rows, shared[key]
 
 
 def _uniforms(params: SamplingParams, number: int, sample: int) -> np.ndarray:
@@ -318,18 +287,3 @@ def _for_sampling(model: nn.Module) -> Iterator[None]:
         inner.generation_config = own
         for module, training in flags:
             module.training = training
-
-
-def _ids(value: Any) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(int(one) for one in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def _context(tokenizer: Any, prefix: Sequence[int]) -> tuple[list[int], str]:
-    ids = [int(token) for token in prefix[-_CONTEXT:]]
-    return ids, _decode(tokenizer, [ids])[0]
-
-
-def _decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))

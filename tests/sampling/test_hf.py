@@ -278,6 +278,23 @@ def test_out_of_memory_halves_the_batch():
     assert one.batch_size == 4
 
 
+def test_each_prefix_has_parameters_of_its_own():
+    one = sampler(batch_size=3)
+    own = [
+        SamplingParams(max_new_tokens=6, seed=3),
+        SamplingParams(max_new_tokens=11, temperature=0),
+        SamplingParams(max_new_tokens=9, temperature=0.6, top_k=7, seed=9),
+        SamplingParams(max_new_tokens=4, seed=5),
+    ]
+    mixed = one.sample(PREFIXES, [2, 1, 3, 2], own)
+    for number, params in enumerate(own):
+        alone_again = one.sample(PREFIXES, [2, 1, 3, 2], params)  # the number of a prefix is part of its draw
+        assert same([alone_again[number]], [mixed[number]], 1e-5)
+    assert max(map(len, mixed[0])) == 6 and max(map(len, mixed[1])) == 11
+    with pytest.raises(ConfigError, match="1 `params` for 4 prefixes"):
+        one.sample(PREFIXES, 1, own[:1])
+
+
 def test_errors_name_the_prefix():
     one = sampler()
     params = SamplingParams(max_new_tokens=4)
