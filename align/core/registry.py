@@ -261,3 +261,6 @@ METHODS = Registry("method", "align.methods", METHOD_CLASHES)
 
 WORLDS = Registry("world", "align.worlds")
 """The worlds of the demo and of comparisons."""
+
+LOOPS = Registry("loop", "align.loops.presets")
+"""The loops of rounds that a recipe can name."""
