@@ -143,11 +143,10 @@ class Plan:
     max_kl: float | None = None
 
 
-def run_rounds(plan: Plan, runner: Runner, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Run a loop, or what is left of it; return the folder of the policy that was taken last.
+def run_rounds(plan: Plan, runner: Runner, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """Run a loop, or what is left of it; return the policy that was taken last, None where every round was rolled back.
 
     Raises:
-        TrainingError: no round was accepted, so that there is no policy.
         AlignError: whatever stops a stage.
     """
     history = read_records(plan.output)
@@ -274,16 +273,9 @@ def told(model: str, output: Path) -> str:
     return path.relative_to(output).as_posix() if path.is_relative_to(output) else model
 
 
-def _taken(plan: Plan, history: Sequence[Record]) -> Path:
+def _taken(plan: Plan, history: Sequence[Record]) -> Path | None:
     taken = [record for record in history if record.accepted]
-    if not taken:
-        raise TrainingError(
-            f"none of {len(history)} rounds was taken, so that there is no new policy",
-            where=str(plan.output / LOOP),
-            why=history[-1].why if history else "",
-            mend="lower `loop.accept.min_gain`, train a round for longer, or look at its data",
-        )
-    return plan.output / taken[-1].policy
+    return plan.output / taken[-1].policy if taken else None
 
 
 def _summarise(plan: Plan, history: Sequence[Record]) -> None:

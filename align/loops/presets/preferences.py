@@ -40,7 +40,7 @@ class SPPO(Preset):
 
     sample: ClassVar[Mapping[str, Any]] = {"n": 5, "temperature": 0.7, "top_p": 0.9}
     pairs: ClassVar[Mapping[str, Any]] = {"rule": "best_worst"}
-    method: ClassVar[Mapping[str, Any]] = {"name": "sppo", "eta": 1000.0}
+    method: ClassVar[Mapping[str, Any]] = {"name": "sppo"}
     loop: ClassVar[Mapping[str, Any]] = {"rounds": 3, "take": "disjoint", "reference": "previous"}
     wants = "preference"
 
@@ -58,7 +58,7 @@ class INPO(Preset):
 
     sample: ClassVar[Mapping[str, Any]] = {"n": 8, "temperature": 1.0, "top_p": 1.0}
     pairs: ClassVar[Mapping[str, Any]] = {"rule": "tournament"}
-    method: ClassVar[Mapping[str, Any]] = {"name": "inpo", "eta": 0.005, "tau": 0.005 / 3}
+    method: ClassVar[Mapping[str, Any]] = {"name": "inpo"}
     loop: ClassVar[Mapping[str, Any]] = {"rounds": 3, "take": "disjoint", "reference": "initial"}
     wants = "preference"
 
