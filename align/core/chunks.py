@@ -1,13 +1,15 @@
 """Work in numbered chunks: a finished chunk is on disk whole and is never done again, whatever kills the process.
 
-A work folder holds `key.json` (everything that determines the result), a file for each finished chunk and, when the
-result is assembled, `done.json` with the result's digest in place of the chunks.
+A work folder holds `key.json` (everything that determines the result) and a file for each finished chunk. `Chunks`
+keeps them as JSONL until the result is assembled into one file, and then `done.json` with the result's digest in their
+place; `align.data.artefacts` keeps them as Parquet for good.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from align.core.hashing import digest, file_digest
 _KEY, _DONE = "key.json", "done.json"
 
 
-class Chunks:
+class Numbered(ABC):
     """Numbered chunks of `total` items, `size` items each (the last one may be shorter).
 
     Args:
@@ -67,8 +69,11 @@ class Chunks:
         """Chunks to do, in order."""
         return [chunk for chunk in range(len(self)) if not self._file(chunk).is_file()]
 
-    def write(self, chunk: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, chunk: int, rows: Sequence[Mapping[str, Any]], account: Mapping[str, Any] | None = None) -> None:
         """Finish a chunk: its rows (any number of them), atomically.
+
+        Args:
+            account: what is to be told of the chunk later (JSON), beside its rows.
 
         Raises:
             CheckpointError: it is finished already, or the disk is full.
@@ -78,7 +83,7 @@ class Chunks:
         if self._file(chunk).exists():
             raise CheckpointError(f"chunk {chunk} is finished already", where=str(self.folder))
         head = {"chunk": chunk, "key": self.digest, "rows": len(rows)}
-        atomic_lines(self._file(chunk), (_line(row) for row in (head, *rows)))
+        self._store(self._file(chunk), head if account is None else {**head, "account": dict(account)}, rows)
 
     def read(self, chunk: int) -> list[dict[str, Any]]:
         """The rows of a finished chunk.
@@ -86,12 +91,76 @@ class Chunks:
         Raises:
             CheckpointError: it is not there, or not what was written.
         """
-        return [json.loads(line) for line in self._lines(chunk)]
+        file = self._file(chunk)
+        try:
+            head, rows = self._load(file)
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, str(error)) from error
+        self._check(file, head, chunk, len(rows))
+        return rows
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of all chunks in order; all must be finished."""
         for chunk in range(len(self)):
             yield from self.read(chunk)
+
+    def remove(self) -> None:
+        """Remove the work folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @abstractmethod
+    def _name(self, chunk: int) -> str:
+        """The name of a chunk's file in the folder."""
+
+    @abstractmethod
+    def _store(self, file: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a chunk's file, atomically."""
+
+    @abstractmethod
+    def _load(self, file: Path) -> tuple[Any, list[dict[str, Any]]]:
+        """(head, rows) of a chunk's file; raises OSError or ValueError where it is not whole."""
+
+    def _file(self, chunk: int) -> Path:
+        return self.folder / self._name(chunk)
+
+    def _check(self, file: Path, head: Any, chunk: int, rows: int) -> None:
+        told = {name: head.get(name) for name in ("chunk", "key", "rows")} if isinstance(head, dict) else {}
+        if told != {"chunk": chunk, "key": self.digest, "rows": rows}:
+            raise self._damaged(file, "it is not what was written there")
+
+    def _found(self) -> dict[str, Any] | None:
+        """The key in the folder; None where there is no work."""
+        file = self.folder / _KEY
+        if not file.is_file():
+            # A kill while the key was written leaves the folder with a part of it.
+            there = self.folder.iterdir() if self.folder.is_dir() else ()
+            if any(not entry.name.startswith(f".{_KEY}") for entry in there):
+                raise CheckpointError(
+                    "the work folder holds other things", where=str(self.folder), mend="name another output"
+                )
+            return None
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, str(error)) from error
+        return found if isinstance(found, dict) else {}
+
+    def _other(self, found: Mapping[str, Any]) -> CheckpointError:
+        pairs = {name: (found.get(name), self.key.get(name)) for name in {**found, **self.key}}
+        changes = [f"`{name}` was {_short(a)}, is {_short(b)}" for name, (a, b) in pairs.items() if a != b]
+        return CheckpointError(
+            "the work that was begun here is of other settings",
+            where=str(self.folder),
+            why="; ".join(changes),
+            mend="give the settings it was begun with, name another output, or throw that work away: --restart",
+        )
+
+    def _damaged(self, file: Path, why: str) -> CheckpointError:
+        return CheckpointError("a file of the work folder cannot be used", where=str(file), why=why, mend="remove it")
+
+
+class Chunks(Numbered):
+    """Chunks as JSONL, a file each, which become one file in the end."""
 
     def assemble(self, output: str | Path) -> Path:
         """Write the rows of all chunks, in order, to one JSONL file, atomically; the chunks are then removed.
@@ -118,56 +187,35 @@ class Chunks:
             self._remove_chunks()  # a kill may have left some
         return same
 
-    def remove(self) -> None:
-        """Remove the work folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _remove_chunks(self) -> None:
         for chunk in range(len(self)):
             self._file(chunk).unlink(missing_ok=True)
 
-    def _file(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:06d}.jsonl"
+    def _name(self, chunk: int) -> str:
+        return f"{chunk:06d}.jsonl"
+
+    def _store(self, file: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        atomic_lines(file, (_line(row) for row in (head, *rows)))
+
+    def _load(self, file: Path) -> tuple[Any, list[dict[str, Any]]]:
+        head, lines = _head_and_lines(file)
+        return head, [json.loads(line) for line in lines]
 
     def _lines(self, chunk: int) -> list[bytes]:
         file = self._file(chunk)
         try:
-            head, *lines = file.read_bytes().splitlines(keepends=True)
-            told = json.loads(head)
-            whole = told == {"chunk": chunk, "key": self.digest, "rows": len(lines)}
+            head, lines = _head_and_lines(file)
         except (OSError, ValueError) as error:
             raise self._damaged(file, str(error)) from error
-        if not whole or not all(line.endswith(b"\n") for line in lines):
-            raise self._damaged(file, "it is not what was written there")
+        self._check(file, head, chunk, len(lines))
         return lines
 
-    def _found(self) -> dict[str, Any] | None:
-        """The key in the folder; None where there is no work."""
-        file = self.folder / _KEY
-        if not file.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise CheckpointError(
-                    "the work folder holds other things", where=str(self.folder), mend="name another output"
-                )
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._damaged(file, str(error)) from error
-        return found if isinstance(found, dict) else {}
 
-    def _other(self, found: Mapping[str, Any]) -> CheckpointError:
-        pairs = {name: (found.get(name), self.key.get(name)) for name in {**found, **self.key}}
-        changes = [f"`{name}` was {_short(a)}, is {_short(b)}" for name, (a, b) in pairs.items() if a != b]
-        return CheckpointError(
-            "the work that was begun here is of other settings",
-            where=str(self.folder),
-            why="; ".join(changes),
-            mend="give the settings it was begun with, name another output, or throw that work away: --restart",
-        )
-
-    def _damaged(self, file: Path, why: str) -> CheckpointError:
-        return CheckpointError("a file of the work folder cannot be used", where=str(file), why=why, mend="remove it")
+def _head_and_lines(file: Path) -> tuple[Any, list[bytes]]:
+    head, *lines = file.read_bytes().splitlines(keepends=True)
+    if not all(line.endswith(b"\n") for line in lines):
+        raise ValueError("its last line is cut")
+    return json.loads(head), lines
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

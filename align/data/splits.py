@@ -21,7 +21,7 @@ _DATA = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".nd
 _HELD_OUT = re.compile(r"(^|[_\-. ])(test|val|valid|validation|dev|eval|evaluation|holdout|heldout)([_\-. ]|\d*$)")
 _TRAIN = re.compile(r"(^|[_\-. ])train(ing)?([_\-. ]|\d*$)")
 _SHARD = re.compile(r"[-_.]\d{1,6}(-of-\d{1,6})?$")
-_METADATA = {"dataset_info.json", "state.json", "dataset_infos.json", "manifest.json", "config.json"}
+_METADATA = {"dataset_info.json", "state.json", "dataset_infos.json", "manifest.json", "key.json", "config.json"}
 
 
 def choose_split(

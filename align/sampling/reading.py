@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError, suggestion
-from align.data.groups import Message, RowId
+from align.data.groups import Group, Message, RowId
 from align.data.messages import check_order, to_messages
 from align.data.parts import prompt_of
 from align.data.prepare import SourceSpec, open_sources
@@ -25,12 +25,17 @@ _BLOCK = 256
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One prompt: where it was read, text or messages, and the ids a model is asked with."""
+    """One prompt: where it was read, text or messages, and the ids a model is asked with.
+
+    `columns`, `group`: the row as it was read, and what it gave besides the prompt; of `read_streams` only.
+    """
 
     row: RowId
     prompt: str | tuple[Message, ...]
     tools: Any
     ids: tuple[int, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    group: Group | None = None
 
 
 @dataclass(eq=False)
@@ -55,7 +60,7 @@ class PromptSet:
                 ids = encoder(asked.prompt, asked.tools)
                 if room is not None and len(ids) > room:
                     raise RowError("prompt", "too long for the model with `max_new_tokens`", dropped=True)
-                kept.append(Asked(asked.row, asked.prompt, asked.tools, tuple(ids)))
+                kept.append(replace(asked, ids=tuple(ids)))
             except RowError as error:
                 holes.append(Hole(asked.row, number, error.field, error.reason, error.dropped))
         self.rejected.looked(self._source, 0, holes)
@@ -118,6 +123,39 @@ def read_prompts(
     return found
 
 
+def read_streams(streams: Sequence[SourceSpec | Mapping[str, Any] | Any], max_prompts: int | None = None) -> PromptSet:
+    """The prompts of several sources in their order, with the row and the group that each was read from.
+
+    Args:
+        streams: as for `open_sources`.
+        max_prompts: stop after so many prompts.
+
+    Raises:
+        DataError: nothing is there, it holds no prompts, or no row gives one.
+    """
+    rejected = RejectedLog(None, 1.0)
+    prompts: list[Asked] = []
+    read_as: list[str] = []
+    for opened in open_sources(streams):
+        if opened.reader.layout.format == "text":
+            raise _whole_texts(opened.source.name, opened.reader.description)
+        name, read = opened.source.name, 0
+        holes: list[Hole] = []
+        read_as.append(f"{name}: {opened.reader.description}")
+        for item in _rows(opened.source, partial(_asked, reader=opened.reader, whole=True)):
+            if max_prompts is not None and len(prompts) == max_prompts:
+                break
+            read += 1
+            if isinstance(item, Hole):
+                holes.append(item)
+            else:
+                prompts.append(item)
+        rejected.looked(name, read, holes)
+    found = PromptSet(prompts, rejected, "; ".join(read_as), ", ".join(line.split(":")[0] for line in read_as))
+    found.check()
+    return found
+
+
 def given_prompts(texts: Sequence[str]) -> PromptSet:
     """Prompts given on the command line."""
     prompts = [Asked(RowId("-p", number, line=number + 1), text, None) for number, text in enumerate(texts)]
@@ -133,7 +171,7 @@ def as_chat(found: PromptSet, system: str | None = None) -> PromptSet:
         if system is not None:
             turns = tuple(message for message in messages if message["role"] not in ("system", "developer"))
             messages = ({"role": "system", "content": system}, *turns)
-        prompts.append(Asked(asked.row, messages, asked.tools))
+        prompts.append(replace(asked, prompt=messages))
     return PromptSet(prompts, found.rejected, found.read_as, found._source)
 
 
@@ -141,13 +179,17 @@ def _any_format(name: str, split: str | None) -> tuple[str, Iterator[Asked | Hol
     opened = open_sources([SourceSpec(name, split=split)])[0]
     reader = opened.reader
     if reader.layout.format == "text":
-        raise DataError(
-            "the rows hold whole texts, not prompts",
-            where=name,
-            why=reader.description,
-            mend="rename the column to `prompt`, or name it: --prompt-column",
-        )
+        raise _whole_texts(name, reader.description)
     return reader.description, _rows(opened.source, partial(_asked, reader=reader))
+
+
+def _whole_texts(name: str, read_as: str) -> DataError:
+    return DataError(
+        "the rows hold whole texts, not prompts",
+        where=name,
+        why=read_as,
+        mend="rename the column to `prompt`, or name it: --prompt-column, or `columns: {prompt: NAME}` in a recipe",
+    )
 
 
 def _column(name: str, split: str | None, column: str) -> Iterator[Asked | Hole]:
@@ -184,14 +226,16 @@ def _rows(source: Source, asked: Callable[[Row, RowId], Asked]) -> Iterator[Aske
                 yield Hole(row_id, number, error.field, error.reason, error.dropped)
 
 
-def _asked(row: Row, row_id: RowId, reader: Reader) -> Asked:
+def _asked(row: Row, row_id: RowId, reader: Reader, whole: bool = False) -> Asked:
     column = reader.layout.columns.get("messages") if reader.layout.format == "messages" else None
     if column and row.get(column) is not None:
         messages = to_messages(row[column], column)
         if messages[-1]["role"] in ("user", "tool"):  # nothing is answered yet, so a reader has no use for it
             check_order(messages, column)
-            return Asked(row_id, messages, row.get("tools"))
+            return Asked(row_id, messages, row.get("tools"), columns=row if whole else {})
     group = reader(row, row_id)
+    if whole:
+        return Asked(row_id, group.prompt, group.tools, columns=row, group=group)
     return Asked(row_id, group.prompt, group.tools)
 
 
