@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping  # 5.17
+from transformers.core_model_loading import revert_weight_conversion  # 5.17: what `save_pretrained` calls
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # 5.17, 5.23: not in the public index
 from transformers.masking_utils import sdpa_mask  # 5.17, 5.23
 
@@ -15,6 +18,7 @@ __all__ = [
     "register_attention",
     "sdpa_attention_forward",
     "set_attention",
+    "stored_weights",
 ]
 
 
@@ -49,3 +53,17 @@ def set_attention(model: PreTrainedModel, name: str) -> bool:
     except (ValueError, ImportError):
         return False
     return attention_of(model) == name
+
+
+def stored_weights(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights by their names in a module, by their names and shapes in files (fused experts become single ones).
+
+    Where the two are the same, one at a time; else all are held at once, as `save_pretrained` does.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:
+        known = get_model_conversion_mapping(model, add_legacy=False)
+    if not known:
+        yield from weights
+        return
+    yield from revert_weight_conversion(model, dict(weights)).items()
