@@ -58,6 +58,7 @@ DATA_COLUMNS = frozenset(
         "ties",
         "key",
         "finished",
+        "role",
     }
 )
 PREVIOUS_COLUMNS = frozenset({"old_logp"})

@@ -33,7 +33,7 @@ _DRAWS: dict[str, Callable[[random.Random, float], float]] = {
         ("kl_ref_policy", "kl_policy_ref", "cross_entropy", "entropy"), lambda rng, p: rng.expovariate(3.0)
     ),
     **dict.fromkeys(("log_sum_sq", "log_max"), lambda rng, p: -rng.expovariate(2.0)),
-    **dict.fromkeys(("logit", "logsumexp", "token_reward"), lambda rng, p: rng.gauss(0, 1)),
+    **dict.fromkeys(("logit", "logsumexp", "token_reward", "advantage"), lambda rng, p: rng.gauss(0, 1)),
 }
 
 _PARTS = ("chosen", "rejected", "baseline", "mismatched")
@@ -83,6 +83,10 @@ def contrast_roles(intra: int, inter: int) -> list[str]:
     ]
 
 
+ORIGINS = ("policy", "reference")
+"""Who wrote the two answers of a pair, in a method that reads `role`; in either order."""
+
+
 def random_rows(method: Method, n: int, seed: int = 0, longest: int = 6) -> list[Row]:
     """`n` rows of the method's view, ragged, with weights; labels of both kinds from n = 2 on."""
     rng = random.Random(seed)
@@ -101,6 +105,8 @@ def _random_row(method: Method, rng: random.Random, longest: int) -> Row:
     if method.view == "pairs":
         row: Row = {"chosen": one(), "rejected": one(), "weight": rng.choice((0.5, 1.0, 2.0))}
         row["probability"] = rng.uniform(0.5, 1.0)
+        if "role" in needs:
+            row["chosen"]["role"], row["rejected"]["role"] = ORIGINS if rng.random() < 0.5 else ORIGINS[::-1]
         if "margin" in needs:
             row["margin"] = rng.uniform(0, 2)
         if "baseline" in needs:

@@ -24,7 +24,7 @@ from align.reference import Frozen
 from align.scoring.assemble import ANCHOR, columns_needed, make_view
 from align.scoring.backends import Name, prepare
 from align.scoring.value import ValueModel
-from align.testing.rows import contrast_roles
+from align.testing.rows import ORIGINS, contrast_roles
 from align.trainers.engine import VALUE, Engine
 from align.trainers.metrics import Meter
 from align.trainers.roles import RoleModule
@@ -39,7 +39,7 @@ def random_groups(
     """Groups of random token ids for a view: pairs, labelled or rewarded singles, scored lists, demonstrations.
 
     With `samples`, `baseline` or `contrasts` among `needs`, each group has one to three samples, a demonstration, or
-    contrasts of prompts too.
+    contrasts of prompts too; with `role`, `margin` or `old_logp`, what these say.
     """
     rng = generator(seed, "groups", view)
     branches = {"pairs": 2, "lists": 4, "groups": 4}.get(view, 1)
@@ -61,9 +61,13 @@ def random_groups(
                     reward=float(rewards[index]),
                     weight=float(1.0 if row % 3 else 0.5),
                     step_rewards=(float(rewards[index]) - 0.4,) if "token_reward" in needs else None,
+                    role=ORIGINS[(row + index) % 2] if "role" in needs else "",
+                    columns={"old_logp": _old_logp(seed, row, index, length)} if "old_logp" in needs else {},
                 )
             )
-        preferences = (Preference(0, 1, weight=1.0 if row % 3 else 0.5),) if view == "pairs" else ()
+        margin = 0.25 * (row % 5) if "margin" in needs else None
+        weight = 1.0 if row % 3 else 0.5
+        preferences = (Preference(0, 1, margin=margin, weight=weight),) if view == "pairs" else ()
         roles = [ROLES["samples"]] * int(rng.integers(1, 4)) if "samples" in needs else []
         roles += [ROLES["baseline"]] * ("baseline" in needs)
         roles += contrast_roles(row % 3, 1) if "contrasts" in needs else []
@@ -75,6 +79,11 @@ def random_groups(
         group = TokenGroup(RowId("random", row), prompt, tuple(completions), preferences)
         groups.append(mark_differences(group) if "marked" in needs else group)
     return groups
+
+
+def _old_logp(seed: int, row: int, index: int, length: int) -> np.ndarray:
+    """Log-probs of an older policy, of numbers of their own, so that the other draws stay as they are."""
+    return -1 - generator(seed, "old_logp", row, index).exponential(size=length)
 
 
 def with_contexts(groups: Sequence[TokenGroup], method: Method, seed: int = 0, vocab: int = 320) -> list[TokenGroup]:
@@ -198,6 +207,8 @@ def _score(
     policy = logits.log_softmax(-1)
     found = {"logp": policy.gather(1, target)[:, 0], "logit": logits.gather(1, target)[:, 0]}
     found |= {"logsumexp": logits.logsumexp(-1), "entropy": -(policy.exp() * policy).sum(-1)}
+    came_along = branch.columns.get("old_logp")
+    found["old_logp"] = found["logp"].detach() if came_along is None else torch.from_numpy(came_along).float()
     found |= {"log_sum_sq": policy.exp().square().sum(-1).log(), "log_max": policy.max(-1).values}
     if reference is not None:
         with torch.no_grad():

@@ -184,23 +184,36 @@ def population(method: Method, tree: TokenTree, policy: Tabular, state: Mapping[
     tree = replace(tree, anchors=tuple(names))
     if method.view == "pairs":
         needs = method.requires()
-        return pairs(tree, policy, samples="samples" in needs, contrasts="contrasts" in needs, **shared)
+        asked = {name: name in needs for name in ("samples", "contrasts", "role")}
+        return pairs(tree, policy, **asked, **shared)
     if method.view == "singles":
+        if method.rollouts() is not None:
+            return own_answers(tree, policy, **shared)
         return singles(tree, policy, samples="samples" in method.requires(), **shared)
     if method.view == "demonstrations":
         return demonstrations(tree, policy, **shared)
     return lists(tree, policy, method.view, **shared)
 
 
-def pairs(tree: TokenTree, policy: Tabular, *, samples: bool = False, contrasts: bool = False, **shared: Any) -> Pairs:
+def pairs(
+    tree: TokenTree,
+    policy: Tabular,
+    *,
+    samples: bool = False,
+    contrasts: bool = False,
+    role: bool = False,
+    **shared: Any,
+) -> Pairs:
     """All P = L (L - 1) ordered pairs of distinct leaves, with weights pi_ref(w) pi_ref(l) P(w beats l).
 
     The baseline is the best leaf. With `samples`, each pair has every leaf once as a sample: the frozen policy that
-    they come from is uniform.
+    they come from is uniform. With `role`, each pair stands there twice: the policy wrote its winner, or its loser.
     """
     everything, n = tree.completions(policy), len(tree.rewards)
     sampler = tree.leaf_logp(tree.reference).exp()
     chosen, rejected = (~torch.eye(n, dtype=torch.bool)).nonzero(as_tuple=True)
+    if role:
+        chosen, rejected = chosen.repeat(2), rejected.repeat(2)
     weight = mean_one((sampler[:, None] * sampler * tree.beats())[chosen, rejected])
     differ = tree.tokens[chosen] != tree.tokens[rejected]
     made = Pairs(
@@ -212,6 +225,10 @@ def pairs(tree: TokenTree, policy: Tabular, *, samples: bool = False, contrasts:
         baseline=everything.select(torch.full_like(chosen, int(tree.rewards.argmax()))),
         **shared,
     )
+    if role:
+        half = len(made) // 2
+        first, second = (("policy",) * half + ("reference",) * half, ("reference",) * half + ("policy",) * half)
+        made = replace(made, chosen=replace(made.chosen, role=first), rejected=replace(made.rejected, role=second))
     if contrasts:
         made = _contrasted(made, everything, chosen, rejected)
     if not samples:
@@ -249,6 +266,19 @@ def singles(tree: TokenTree, policy: Tabular, *, samples: bool = False, **shared
         return made
     drawn = everything.select(torch.arange(n).repeat(2 * n))
     return replace(made, samples=drawn, sample_of=torch.arange(2 * n).repeat_interleave(n))
+
+
+def own_answers(tree: TokenTree, policy: Tabular, **shared: Any) -> Singles:
+    """Every leaf with weight pi(y) of the policy itself, no gradient: what a policy gradient samples.
+
+    The reward is the probability of beating a draw of the reference.
+    """
+    everything = tree.completions(policy)
+    wins = tree.beats() @ tree.leaf_logp(tree.reference).exp()
+    weight = mean_one(tree.leaf_logp(policy).detach().exp())
+    return Singles(
+        completions=replace(everything, columns={**everything.columns, "reward": wins, "weight": weight}), **shared
+    )
 
 
 def demonstrations(tree: TokenTree, policy: Tabular, **shared: Any) -> Demonstrations:

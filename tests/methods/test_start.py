@@ -21,7 +21,7 @@ from align.data.groups import TokenCompletion, TokenGroup
 from align.data.partners import add_mismatched
 from align.methods.base import Method
 from align.scoring.assemble import columns_needed
-from align.testing.steps import engine_for, packed_step, random_groups, role_module, with_contexts
+from align.testing.steps import engine_for, guide_of, packed_step, random_groups, role_module, with_contexts
 from align.testing.tiny import tiny_model
 from tests.methods.loops import sigmoid, softplus
 
@@ -87,7 +87,11 @@ def start_of(method: Method) -> tuple[float, Start]:
 
 
 def unweighted(group: TokenGroup) -> TokenGroup:
-    ones = tuple(replace(one, weight=1.0) for one in group.completions)
+    """The group at its start: all weights 1, and the policy that the update started from is the policy."""
+    ones = tuple(
+        replace(one, weight=1.0, columns={name: x for name, x in one.columns.items() if name != "old_logp"})
+        for one in group.completions
+    )
     return replace(group, completions=ones, preferences=tuple(replace(p, weight=1.0) for p in group.preferences))
 
 
@@ -178,6 +182,59 @@ def t_reg(start: Start) -> float:
     return LOG2 + 0.25 * 0.5 * start.over_pairs(lambda group, w, low: reg(group, w) + reg(group, low))
 
 
+def from_previous(start: Start) -> tuple[Start, Callable[[TokenGroup, TokenCompletion, TokenCompletion], float]]:
+    """log pi / pi_prev of the chosen less that of the rejected answer; the previous iterate is another model."""
+    other = replace(start, model=guide_of(start.model))
+
+    def moved(group: TokenGroup, one: TokenCompletion) -> float:
+        return math.fsum(start.logp(group, one)) - math.fsum(other.logp(group, one))
+
+    return start, lambda group, w, low: moved(group, w) - moved(group, low)
+
+
+def inpo(start: Start) -> float:
+    """The log-ratio to the reference is 0, that to the previous iterate weighs 1 - tau / eta."""
+    start, margin = from_previous(start)
+    weight = 1 - 0.00167 / 0.005
+    return start.over_pairs(lambda group, w, low: (weight * margin(group, w, low) - 100) ** 2)
+
+
+def alpha_spin(start: Start) -> float:
+    start, margin = from_previous(start)
+    return start.over_pairs(lambda group, w, low: softplus(-0.1 * 0.5 * margin(group, w, low)))
+
+
+def xpo(start: Start) -> float:
+    """log 2 and alpha times the log-prob of the reference's answer, which is either side."""
+    return LOG2 + 1e-5 * start.over_pairs(
+        lambda group, w, low: math.fsum(start.logp(group, w if w.role == "reference" else low))
+    )
+
+
+def nash_md(start: Start) -> float:
+    """(1/2 - P) log pi: nothing of the KL yet."""
+    return mean(
+        (0.5 - float(group.completions[0].reward or 0)) * math.fsum(start.logp(group, group.completions[0]))
+        for group in start.groups
+    )
+
+
+def rebel(start: Start) -> float:
+    """The square of the reward difference."""
+    return mean(float(group.preferences[0].margin or 0) ** 2 for group in start.groups)
+
+
+def sppo(start: Start) -> float:
+    """Half the squares of eta (P - 1/2)."""
+    return start.over_pairs(
+        lambda group, w, low: 0.5 * sum((1000 * (float(one.reward or 0) - 0.5)) ** 2 for one in (w, low))
+    )
+
+
+def dno_prct(start: Start) -> float:
+    return LOG2 + 0.005 * start.over_pairs(lambda group, w, low: start.nll(group, w))
+
+
 def dro_v(start: Start) -> float:
     """Half the square of reward minus value: the value role has random weights, so it is not 0."""
 
@@ -229,12 +286,20 @@ START: dict[str, Callable[[Start], float]] = {
         (
             *("dpo", "cdpo", "rdpo", "f_dpo", "chi_po", "tgdpo", "tdpo", "ld_dpo", "d2o", "spin", "smpo", "soft_dpo"),
             *("robust_bt", "aot", "aot_unpaired", "beta_dpo", "dpo_norm", "dpop", "flex_dpo", "seppo", "regret_pref"),
-            *("vpo", "demo_reg", "rrpo", "bco"),
+            *("vpo", "demo_reg", "rrpo", "bco", "online_dpo", "dno"),
         ),
         constant(LOG2),
     ),
     "ipo": constant(1 / (4 * 0.1**2)),
     **dict.fromkeys(("dpo_hinge", "apo_zero", "apo_down"), constant(1.0)),
+    "online_ipo": constant(1 / 4),
+    "xpo": xpo,
+    "nash_md": nash_md,
+    "rebel": rebel,
+    "sppo": sppo,
+    "inpo": inpo,
+    "dno_prct": dno_prct,
+    "alpha_spin": alpha_spin,
     "kto": constant(0.5),
     "discopop": constant(0.5 * LOG2 + 0.5),
     "exo_pref": constant(-LOG2 - 0.5 * math.log(1e-3 * (1 - 1e-3))),
@@ -297,6 +362,13 @@ def test_the_first_loss(name: str) -> None:
         ("rpo", {"eta": 0.0}, LOG2),
         ("list_hinge", {"reduction": "mean"}, 1.0),
         ("lipo", {"reduction": "mean"}, LOG2),
+        ("online_dpo", {"loss": "ipo", "beta": 0.5}, 1.0),
+        ("online_dpo", {"loss": "hinge"}, 1.0),
+        ("online_dpo", {"label": "prob"}, LOG2),
+        ("online_ipo", {"tau": 0.5}, 1.0),
+        ("xpo", {"alpha": 0.0}, LOG2),
+        ("dno_prct", {"sft_weight": 0.0}, LOG2),
+        ("alpha_spin", {"alpha": 1.0}, LOG2),
     ],
 )
 def test_the_first_loss_of_other_options(name: str, options: dict[str, Any], expected: float) -> None:

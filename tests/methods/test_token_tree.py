@@ -36,8 +36,8 @@ BETA = 0.5
 SEEDS = (0, 1)
 ZERO = 1e-10
 NAMES = list(METHODS.entries())
-HELD = {"wpo"}
-"""A weight without gradient grows more than the loss that it weighs falls."""
+HELD = {"wpo", "nash_md"}
+"""A weight without gradient grows more than the loss that it weighs falls; a surrogate's value means nothing."""
 DOWN_FIRST = {"discopop"}
 """Methods whose first steps lower margins, as their papers say: the slope of discopop's loss at 0 is +0.784."""
 
