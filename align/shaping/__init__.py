@@ -1,5 +1,5 @@
 """Rewards -> advantages and masks: pure functions over the whole batch of rollouts. Importing this imports no torch."""
 
-from align.shaping.base import SHAPING, Batch, ShapingStage, run, shaping
+from align.shaping.base import SHAPING, Batch, ShapingStage, make, run, shaping
 
-__all__ = ["SHAPING", "Batch", "ShapingStage", "run", "shaping"]
+__all__ = ["SHAPING", "Batch", "ShapingStage", "make", "run", "shaping"]
