@@ -43,7 +43,9 @@ LISTS = ("completions", "responses")
 PAIR_FEEDBACK = ("probability", "margin")
 """Numbers of a pair that some methods are about: what lacks them is no data for these."""
 STEP_REWARDS = ("chosen_step_rewards", "rejected_step_rewards")
-OPTIONAL = (*PAIR_FEEDBACK, "weight", "tie", "annotator", "tools", *STEP_REWARDS)
+ANSWER_REWARDS = ("chosen_reward", "rejected_reward")
+"""A number for each answer of a pair, its reward or win rate; the difference is the margin where none is given."""
+OPTIONAL = (*PAIR_FEEDBACK, "weight", "tie", "annotator", "tools", *STEP_REWARDS, *ANSWER_REWARDS)
 EXTRAS = ("samples", "baseline", "contrasts")
 """Further answers, read where a method asks for them: a list of samples, a demonstration, contrasts of prompts."""
 PARTS = (

@@ -19,7 +19,7 @@ from align.data import known
 from align.data.grouped import Chosen, RowPairs
 from align.data.groups import TokenGroup
 from align.data.known import Known, Purpose
-from align.data.layout import EXTRAS, PAIR_FEEDBACK, Winner
+from align.data.layout import ANSWER_REWARDS, EXTRAS, PAIR_FEEDBACK, Winner
 from align.data.mixture import Mixture, mixture_of
 from align.data.readers import Diverging, Reader, Ties, Transcripts, reader_for, recognise
 from align.data.rejected import RejectedLog
@@ -338,7 +338,7 @@ def _reader(
                 where=source.name,
                 mend=f"add a column `{part}` ({_EXTRA_FORMS[part]}), or name it: columns: {{{part}: COLUMN}}",
             )
-        _check_feedback(reader, needs, source.name)
+        _check_feedback(reader, needs, view, source.name)
         if spec.ties == "keep" and "ties" not in needs:
             raise DataError(
                 "`ties: keep`, and the method reads no ties",
@@ -351,9 +351,17 @@ def _reader(
     return reader
 
 
-def _check_feedback(reader: Reader, needs: Collection[str], where: str) -> None:
+def _check_feedback(reader: Reader, needs: Collection[str], view: str, where: str) -> None:
     """Refuse pairs without the number that the method is about: it would be another method on them."""
-    present = set(reader.layout.optional) | ({"margin"} if "scores" in reader.layout.columns else set())
+    rewarded = set(ANSWER_REWARDS) <= set(reader.layout.optional) or "scores" in reader.layout.columns
+    if view == "pairs" and "reward" in needs and not rewarded:
+        raise DataError(
+            "the method needs a reward of each answer of a pair, and there are no such columns",
+            where=where,
+            why=reader.description,
+            mend="add columns `chosen_reward` and `rejected_reward`, or give `completions` with `scores`",
+        )
+    present = set(reader.layout.optional) | ({"margin"} if rewarded else set())
     for part in (name for name in PAIR_FEEDBACK if name in needs and name not in present):
         other = next((name for name in PAIR_FEEDBACK if name in present), None)
         column = f"add a column `{part}` ({_FEEDBACK_FORMS[part]}), or name it: columns: {{{part}: COLUMN}}"

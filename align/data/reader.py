@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from align.data import transcripts as hh
 from align.data.filters import Filter
 from align.data.groups import CONTRASTS, ROLES, Completion, Group, Preference, RowId, Segment, contrast_role
 from align.data.known import Choices, Known
-from align.data.layout import STEP_REWARDS, Layout
+from align.data.layout import ANSWER_REWARDS, STEP_REWARDS, Layout
 from align.data.messages import check_order, common_prompt, is_message_list, to_messages
 from align.data.parts import (
     Prompt,
@@ -237,8 +237,12 @@ def _pairs(reader: Reader, row: Row) -> Built:
     if content_of(first) == content_of(second):
         raise RowError("chosen", "chosen and rejected are identical")
     earned = [_step_rewards(reader, row, part) for part in STEP_REWARDS]
-    answers = (Completion(first, step_rewards=earned[0]), Completion(second, step_rewards=earned[1]))
-    return prompt, answers, (_preference(reader, row, tie),)
+    rewards = [reader.number(row, part) for part in ANSWER_REWARDS]
+    answers = (
+        Completion(first, reward=rewards[0], step_rewards=earned[0]),
+        Completion(second, reward=rewards[1], step_rewards=earned[1]),
+    )
+    return prompt, answers, (_preference(reader, row, tie, rewards),)
 
 
 def _step_rewards(reader: Reader, row: Row, part: str) -> tuple[float, ...] | None:
@@ -267,7 +271,10 @@ def _chosen_rejected(reader: Reader, row: Row) -> tuple[Any, Any, bool]:
     return (chosen, rejected, False) if winner == reader.layout.columns["chosen"] else (rejected, chosen, False)
 
 
-def _preference(reader: Reader, row: Row, tie: bool) -> Preference:
+def _preference(reader: Reader, row: Row, tie: bool, rewards: Sequence[float | None]) -> Preference:
+    margin, (won, lost) = reader.number(row, "margin"), rewards
+    if margin is None and won is not None and lost is not None:
+        margin = won - lost
     probability, weight = reader.number(row, "probability"), reader.number(row, "weight")
     if probability is not None and not 0 <= probability <= 1:
         raise RowError(reader.layout.optional["probability"], "not between 0 and 1")
@@ -277,7 +284,7 @@ def _preference(reader: Reader, row: Row, tie: bool) -> Preference:
         winner=0,
         loser=1,
         probability=0.5 if tie else probability,
-        margin=reader.number(row, "margin"),
+        margin=margin,
         weight=weight_of(weight),
         tie=tie,
     )

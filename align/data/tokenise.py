@@ -13,10 +13,10 @@ from align.core.hashing import digest
 from align.data.chat import WithChat
 from align.data.encode import scored_tokens
 from align.data.groups import CONTRASTS, Completion, Group, Preference, Segment, TokenCompletion, TokenGroup
-from align.data.layout import PAIR_FEEDBACK
+from align.data.layout import ANSWER_REWARDS, PAIR_FEEDBACK
 from align.data.marks import mark_differences
 from align.data.rows import RowError
-from align.data.views import VIEWS, PairRule, select
+from align.data.views import VIEWS, PairRule, Selection, select
 
 Score = Literal["last", "all"]
 Truncation = Literal["drop", "cut_prompt", "cut_completion"]
@@ -100,6 +100,8 @@ class Tokeniser(WithChat):
         ties = "ties" in self.needs and group.meta.get("ties") != "drop"
         chosen = select(group, self.view, self.pairs, ties, "reward" in self.needs)
         preferences = tuple(_with_feedback(pair, self.needs) for pair in chosen.preferences)
+        if "reward" in self.needs:
+            _check_rewards(chosen)
         group = replace(group, completions=chosen.completions, preferences=preferences)
         made = self._fitted(group)
         _refuse_equal(made)
@@ -269,6 +271,14 @@ def _with_feedback(pair: Preference, needs: Collection[str]) -> Preference:
         if part in needs and getattr(pair, part) is None:
             raise RowError(part, "missing")
     return pair
+
+
+def _check_rewards(chosen: Selection) -> None:
+    """Both answers of a pair have a reward, where the method is about it."""
+    for pair in chosen.preferences:
+        for part, index in zip(ANSWER_REWARDS, (pair.winner, pair.loser), strict=True):
+            if chosen.completions[index].reward is None:
+                raise RowError(part, "missing")
 
 
 def _check_step_rewards(completion: Completion) -> None:

@@ -120,6 +120,8 @@ def rows_for(method: Method, seed: int) -> list[dict[str, Any]]:
         row |= {"samples": [other["chosen"], other["rejected"]]} if "samples" in needs else {}
         row |= {"baseline": other["chosen"]} if "baseline" in needs else {}
         row |= {"probability": 0.6 + 0.05 * (len(row["chosen"]) % 8)} if "probability" in needs else {}
+        row |= {"margin": 0.2 * (len(row["chosen"]) % 8)} if "margin" in needs else {}
+        row |= {"chosen_reward": 0.7, "rejected_reward": 0.1 * (len(row["chosen"]) % 5)} if "reward" in needs else {}
         row |= {"chosen_step_rewards": [0.7], "rejected_step_rewards": [-0.2]} if "token_reward" in needs else {}
         asked = {"better": row["prompt"] + " Be brief.", "worse": row["prompt"] + " Write in verse."}
         kinds = [{"kind": "intra", "completion": row["chosen"], **asked}, {"kind": "inter", **asked}]

@@ -70,3 +70,33 @@ def test_a_tie_says_both_numbers_itself() -> None:
     for label, expected in (("probability", [0.8, 0.8, 0.5, 0.8]), ("margin", [1.5, 1.5, 0.0, 1.5])):
         items = prepare(rows, "soft_dpo", label=label).dataset.__getitems__(range(4))
         assert [getattr(item.preferences[0], label) for item in items] == expected
+
+
+def rewarded(chosen: float | None = 0.75, rejected: float | None = 0.25) -> list[dict[str, Any]]:
+    return [{**row, "chosen_reward": chosen, "rejected_reward": rejected} for row in PAIRS]
+
+
+def test_each_answer_has_a_reward_of_its_own() -> None:
+    for rows in (PAIRS, RANKED, [{**row, "chosen_reward": 1.0} for row in PAIRS]):
+        with pytest.raises(DataError, match="needs a reward of each answer") as caught:
+            prepare(rows, "sppo")
+        assert "`chosen_reward` and `rejected_reward`" in caught.value.mend
+    for ready, expected in ((rewarded(), (0.75, 0.25)), (SCORED, (3.5, 1.0))):
+        for item in prepare(ready, "sppo").dataset.__getitems__(range(4)):
+            (pair,) = item.preferences
+            assert (item.completions[pair.winner].reward, item.completions[pair.loser].reward) == expected
+
+
+def test_a_row_without_one_of_its_rewards_is_bad() -> None:
+    for rows, part in ((rewarded(chosen=None), "chosen_reward"), (rewarded(rejected=None), "rejected_reward")):
+        with pytest.raises(DataError, match=f"`{part}`: missing"):
+            prepare(rows, "sppo")
+        assert not any(isinstance(item, Hole) for item in prepare(rows, "dpo").dataset.__getitems__(range(4)))
+
+
+def test_the_margin_is_that_of_the_rewards_unless_it_is_stated() -> None:
+    for rows, expected in ((rewarded(), 0.5), ([{**row, "margin": 3.0} for row in rewarded()], 3.0)):
+        items = prepare(rows, "dno").dataset.__getitems__(range(4))
+        assert [item.preferences[0].margin for item in items] == [expected] * 4
+    with pytest.raises(DataError, match="`margin`: missing"):
+        prepare(rewarded(rejected=None), "dno")
