@@ -30,8 +30,8 @@ METHOD_CLASHES: dict[str, Clash] = {
     ),
     "robust": Clash("TRL's `robust` is `rdpo`, and its `label_smoothing` is `eps`", "rdpo"),
     "sppo_hard": Clash(
-        "TRL's `sppo_hard` is self-play (2405.00675) with hard wins: the squares of `cal_dpo` with `c: 1`, without its "
-        "logistic term",
+        "TRL's `sppo_hard` is twice `sppo` where winners have a win rate of 1 and losers of 0 (`chosen_reward`, "
+        "`rejected_reward`), with `eta` 1 / beta; the squares of `cal_dpo` with `c: 1`, without its logistic term",
         "sppo",
     ),
     "apo_zero_unpaired": Clash(
@@ -118,7 +118,6 @@ METHOD_CLASHES: dict[str, Clash] = {
     "implicit_po": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "implicit_ipo": Clash("implicit PO is not IPO, which is identity PO (2310.12036)"),
     "orpo_occupancy": Clash("occupancy-regularised PO is not ORPO, which is odds-ratio PO (2403.07691)"),
-    "xpo": Clash("XPO is exploratory PO; chi-PO, which is sometimes written so, is `chi_po`"),
     "arpo": Clash("ARPO is what the ALMA repository's `cpo_trainer.py` computes today; it is not CPO (2401.08417)"),
     "flex": Clash("the paper 3D-properties (2406.07327) calls DPO with two betas Flex-DPO", "flex_dpo"),
     "3d_properties": Clash("the paper 3D-properties (2406.07327) calls DPO with two betas Flex-DPO", "flex_dpo"),
@@ -126,10 +125,16 @@ METHOD_CLASHES: dict[str, Clash] = {
     "sera": Clash("SeRA chooses and adds pairs between rounds (`align.loops`); train on them with any method on pairs"),
     "rc_dpo": Clash("Rc-DPO is MAPL's contrast of two prompts, with the prompts' tokens scored", "mapl"),
     "tpo": Clash("TPO names three papers"),
-    "dapo": Clash("DAPO is a policy gradient on rollouts, an online method; it is no kind of DPO"),
     "spo": Clash("SPO names several methods of the Nash and rollout families; none is a variant of DPO"),
-    "sppo": Clash("SPPO is self-play in rounds (2405.00675), not a loss on a fixed data set"),
-    "grpo": Clash("GRPO is an online method; it needs rollouts"),
+    **dict.fromkeys(
+        ("oaif", "iterative_dpo"),
+        Clash("online AI feedback is DPO on fresh answers of the policy; rounds of it are a loop", "online_dpo"),
+    ),
+    "ipo_md": Clash("IPO-MD is online IPO on answers of a mixture: `mix: 0.125`", "online_ipo"),
+    "nash_md_pg": Clash("Nash-MD-PG is the step of Nash-MD that is taken on a language model", "nash_md"),
+    "mixture_coef": Clash("TRL's `mixture_coef` is the weight of the reference: `mix`, and its `beta` is `tau`", "nash_md"),
+    "dno_practical": Clash("DNO in practice, the contrastive one", "dno_prct"),
+    "regularized_spin": Clash("SPIN with an anchor that holds the first model too", "alpha_spin"),
     "tdpo1": Clash("both versions of token-level DPO are one method", "tdpo"),
     "tdpo2": Clash("both versions of token-level DPO are one method", "tdpo"),
     "eta": Clash("`eta` is an option: RPO's weight of the SFT term, elsewhere 1/beta", "rpo"),

@@ -62,7 +62,7 @@ def random_groups(
                     weight=float(1.0 if row % 3 else 0.5),
                     step_rewards=(float(rewards[index]) - 0.4,) if "token_reward" in needs else None,
                     role=ORIGINS[(row + index) % 2] if "role" in needs else "",
-                    columns={"old_logp": _old_logp(seed, row, index, length)} if "old_logp" in needs else {},
+                    columns=_columns(needs, generator(seed, "columns", row, index), length, vocab),
                 )
             )
         margin = 0.25 * (row % 5) if "margin" in needs else None
@@ -81,9 +81,14 @@ def random_groups(
     return groups
 
 
-def _old_logp(seed: int, row: int, index: int, length: int) -> np.ndarray:
-    """Log-probs of an older policy, of numbers of their own, so that the other draws stay as they are."""
-    return -1 - generator(seed, "old_logp", row, index).exponential(size=length)
+def _columns(needs: Collection[str], rng: np.random.Generator, length: int, vocab: int) -> dict[str, np.ndarray]:
+    """What rollouts bring along, of numbers of their own, so that the other draws stay as they are.
+
+    Log-probs are near those of a random model: ratios fall inside and outside a clip.
+    """
+    noise = {name: rng.normal(size=length) for name in ("old_logp", "sampler_logp", "advantage")}
+    made = {name: -np.log(vocab) + 0.3 * noise[name] for name in ("old_logp", "sampler_logp")}
+    return {name: column for name, column in {**made, "advantage": noise["advantage"]}.items() if name in needs}
 
 
 def with_contexts(groups: Sequence[TokenGroup], method: Method, seed: int = 0, vocab: int = 320) -> list[TokenGroup]:

@@ -150,7 +150,8 @@ class TokenTree:
     def completions(self, policy: Tabular) -> Completions:
         """All L leaves as completions of D tokens, with every column that a frozen or trained role can supply.
 
-        The sampler and the old policy are the reference; `token_reward` is the leaf's reward at its last token.
+        The sampler and the old policy are the reference; `token_reward` is the leaf's reward at its last token, the
+        advantage what it is above the sampler's mean.
         """
         s, a = self.prefixes, self.tokens
         logp, ref = policy.logp, self.reference.logp
@@ -170,6 +171,8 @@ class TokenTree:
         columns["value"] = torch.cat([policy.value[s], terminal], -1)
         columns["token_reward"] = torch.cat([torch.zeros_like(ref[s, a])[:, 1:], self.rewards[:, None]], -1)
         columns["reward"] = self.rewards
+        gained = self.rewards - self.expected_reward(self.reference)
+        columns["advantage"] = gained[:, None].expand(s.shape)
         columns["key"] = torch.arange(len(s))
         columns["step"] = torch.zeros_like(self.tokens)
         columns["finished"] = torch.ones(len(s), dtype=torch.bool)

@@ -133,7 +133,6 @@ def test_misspelt_names_get_the_nearest() -> None:
         ("kto_pair", "write `kto`"),
         ("bco_pair", "write `bco`"),
         ("DPO", "write `dpo`"),
-        ("dapo", "online"),
         ("eta", "option"),
         ("robust", "rdpo"),
         ("irpo", "write `rpo`"),

@@ -22,10 +22,11 @@ from align.scoring.views import Lists, Pairs, Singles
 from align.testing.tiny import random_pairs, tiny_tokenizer
 
 
-def completion(rng: np.random.Generator, **feedback: Any) -> TokenCompletion:
+def completion(rng: np.random.Generator, advantages: bool = False, **feedback: Any) -> TokenCompletion:
     length = int(rng.integers(1, 6))
     mask = rng.random(length) < 0.7
     mask[-1] = True
+    feedback |= {"columns": {"advantage": rng.normal(size=length)}} if advantages else {}
     return TokenCompletion(rng.integers(3, 99, length), mask, np.arange(length) // 2, **feedback)
 
 
@@ -41,8 +42,9 @@ def make_groups(view: str, seed: int = 0, needs: frozenset[str] = frozenset()) -
                 reward=float(rng.random() if view == "lists" else rng.normal()),
                 rewards={"helpful": float(i)},
                 rank=i + 1,
-                weight=1.0 + (row if view == "lists" else i),
+                weight=1.0 + (row if view in ("lists", "groups") else i),
                 finished=i != 1,
+                advantages="advantage" in needs,
             )
             for i in range(size)
         )
@@ -82,6 +84,7 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
             row |= {"mask": one.mask.tolist(), "weight": one.weight, "finished": one.finished}
             row |= {"key": completion_key(group.row, index), "step": one.step.tolist()}
             row |= {"label": one.label, "reward": one.reward} if one.label is not None else {}
+            row |= {name: column.tolist() for name, column in one.columns.items()}
             made.append(row)
             place += 1
         drawn, imitated = (

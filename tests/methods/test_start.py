@@ -281,7 +281,24 @@ def lipo_lambda(start: Start) -> float:
     return start.over_lists(loss)
 
 
+def gained(start: Start) -> list[list[float]]:
+    """The advantages of each completion's scored tokens: with the ratio at 1 and no KL, the loss is minus a mean."""
+    answers = [one for group in start.groups for one in group.completions]
+    return [one.columns["advantage"][one.mask].tolist() for one in answers]
+
+
+def own_means(start: Start) -> float:
+    return -mean(mean(tokens) for tokens in gained(start))
+
+
+def token_mean(start: Start) -> float:
+    return -mean(x for tokens in gained(start) for x in tokens)
+
+
 START: dict[str, Callable[[Start], float]] = {
+    **dict.fromkeys(("grpo", "gspo", "rloo"), own_means),
+    **dict.fromkeys(("dapo", "reinforce_pp", "reinforce_pp_baseline"), token_mean),
+    "dr_grpo": lambda start: -mean(math.fsum(tokens) / 1024 for tokens in gained(start)),
     **dict.fromkeys(
         (
             *("dpo", "cdpo", "rdpo", "f_dpo", "chi_po", "tgdpo", "tdpo", "ld_dpo", "d2o", "spin", "smpo", "soft_dpo"),
