@@ -29,6 +29,8 @@ NOTATION = {
     r"R, P": "a pair's difference of scores and its probability, as the data give them",
     r"p, c": "the probability that a pair's label is right",
     r"V(x), V_t": "the value of the prompt, and of the state before a token",
+    r"\pi_{\mathrm{old}}": "the policy whose weights the step, or the batch of rollouts, began with",
+    r"A_t(y), A(y)": "the advantage of a token, or of an answer, that shaping made of the rewards",
     r"q_t, v_t": "the logit of a token and the log-sum-exp of its place's logits; v is 0 after the end",
     r"a_i \propto \ldots": "shares of the list: divided by their sum, so that they add up to 1",
     r"u_{(i)}": "the ith smallest of the batch",
@@ -56,6 +58,9 @@ SYMBOLS = {
     "desirable_weight": r"w_D",
     "undesirable_weight": r"w_U",
     "R_max": r"R_{\max}",
+    "epsilon": r"\epsilon",
+    "epsilon_high": r"\epsilon_{\mathrm{high}}",
+    "max_completion_length": r"L_{\max}",
     "sign": "s",
 }
 """Option -> symbol, where it is not the option's own name; `SYMBOLS_OF` holds for one method."""

@@ -182,7 +182,26 @@ def lists(method: Method, rows: Sequence[Row], row: Row, given: Given) -> None:
     given.values[r"\bar{r}"] = sum(scores) / len(scores)
 
 
-VIEWS = {"pairs": pairs, "singles": singles, "demonstrations": demonstrations, "lists": lists}
+def groups(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
+    _samples(given, row["completions"])
+
+    def advantage(y: Answer, place: int = 0) -> float:
+        return y.column("advantage", place) if place else y.sum("advantage") / abs(y)
+
+    given.functions |= {"A": advantage, r"\pi_\mathrm{old}": probability("old_logp")}
+    if "ref_logp" not in method.requires():
+        given.functions[r"\pi_\mathrm{ref}"] = lambda what: 1.0  # stands beside a weight of 0
+    given.values.setdefault(r"\delta", math.inf)
+    given.values.setdefault(r"\epsilon_\mathrm{high}", method.epsilon)
+
+
+VIEWS = {
+    "pairs": pairs,
+    "singles": singles,
+    "demonstrations": demonstrations,
+    "lists": lists,
+    "groups": groups,
+}
 
 
 def _bco(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
