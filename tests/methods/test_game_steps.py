@@ -397,7 +397,48 @@ def test_a_method_that_samples_nothing_has_no_live_view() -> None:
         live(make_method("dpo", {}), P, {"ref": REF})
 
 
-# Peers: rewards that are win rates within a group
+# Groups: rewards, and win rates among peers
+
+REWARDS = np.array([0.3, -1.0, 0.8, 0.1])
+
+
+@pytest.mark.parametrize("ratio", ["none", "sequence"])
+def test_rloo_is_the_gradient_of_reward_less_kl(ratio: str) -> None:
+    options = {"num_generations": 3, "beta": 0.2, "ratio": ratio}
+    base = random_policy(7)
+    found = gradient("rloo", options, live(make_method("rloo", options), P, {"ref": base}, REWARDS), PI)
+    assert np.allclose(found, -softmax_gradient(PI, REWARDS - 0.2 * np.log(PI / base)), atol=1e-12)
+
+
+def test_rloo_on_win_rates_among_peers_is_self_play() -> None:
+    """Win rates of a group have mean 1/2 whatever was drawn, so that leaving one out stretches them by K / (K - 1)."""
+    for count in (2, 3):
+        options = {"num_generations": count, "beta": 0.0}
+        found = gradient("rloo", options, live(make_method("rloo", options), P, {}), PI)
+        assert np.allclose(found, -count / (count - 1) * softmax_gradient(PI, P @ PI), atol=1e-12)
+
+
+def test_grpo_without_its_std_is_policy_gradient_short_of_one_answer_of_the_group() -> None:
+    options = {"num_generations": 3, "beta": 0.0, "scale": "none"}
+    found = gradient("grpo", options, live(make_method("grpo", options), P, {}, REWARDS), PI)
+    assert np.allclose(found, -2 / 3 * softmax_gradient(PI, REWARDS), atol=1e-12)
+    scaled = {**options, "scale": "group"}
+    other = gradient("grpo", scaled, live(make_method("grpo", scaled), P, {}, REWARDS), PI)
+    assert not np.allclose(other / np.linalg.norm(other), found / np.linalg.norm(found), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "reverse", "forward"), [("k1", 0, 0), ("k2", 1, 0), ("k3", 0, 1), ("k3_ratio", 1, 0)]
+)
+def test_what_the_kl_of_grpo_descends(estimator: str, reverse: float, forward: float) -> None:
+    options = {"num_generations": 2, "beta": 0.5, "kl_estimator": estimator}
+    base = random_policy(7)
+    found = gradient("grpo", options, live(make_method("grpo", options), P, {"ref": base}, np.ones(4)), PI)
+    expected = 0.5 * (reverse * softmax_gradient(PI, np.log(PI / base)) + forward * (PI - base))
+    assert np.allclose(found, expected, atol=1e-12)
+
+
+# Consistency
 
 
 def test_soft_labels_of_consistency_have_their_least_loss_at_the_logit() -> None:
