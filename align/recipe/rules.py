@@ -42,6 +42,8 @@ class Uses:
     value: bool
     guide: bool = False
     needs: frozenset[str] = frozenset()
+    online: bool = False
+    previous: bool = False
 
     @classmethod
     def of(cls, method: Any) -> Uses:
@@ -52,6 +54,8 @@ class Uses:
             value="value" in needs,
             guide="anchor.guide" in needs,
             needs=needs,
+            online=method.rollouts() is not None,
+            previous="anchor.previous" in needs,
         )
 
 
@@ -64,8 +68,9 @@ def build_method(cls: type, values: Mapping[str, Any]) -> Any:
 def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
     """`section.key` -> why nothing reads it in this recipe."""
     found: dict[str, str] = {}
-    if uses.view != "pairs":
-        found["data.pairs"] = f"`{recipe.method.name}` reads {uses.view}, not pairs"
+    if uses.view != "pairs" or uses.online:
+        found["data.pairs"] = f"`{recipe.method.name}` reads {'prompts' if uses.online else uses.view}, not pairs"
+    found |= _unused_streams(recipe, uses)
     if not uses.value:
         found |= dict.fromkeys(
             ("train.value_learning_rate", "train.value_max_grad_norm"), f"`{recipe.method.name}` has no value role"
@@ -88,6 +93,28 @@ def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
     return found
 
 
+_ONLINE = ("rollout", "sampler", "feedback", "shaping", "health")
+"""Sections of methods that sample."""
+_OF_SAMPLER = {"urls": "server", "batch_size": "hf", "gpu_memory_utilization": "vllm", "sleep": "vllm"}
+
+
+def _unused_streams(recipe: Recipe, uses: Uses) -> dict[str, str]:
+    """Streams and sections that belong to the other kind of method, and a sampler's options of another kind."""
+    found: dict[str, str] = {}
+    name = recipe.method.name
+    if uses.online:
+        found["data.train"] = f"`{name}` samples its own answers; its prompts are `data.prompts`"
+        found["data.score"] = f"`{name}` samples its own answers, and all of one is scored"
+    else:
+        found |= dict.fromkeys(("data.prompts", *_ONLINE), f"`{name}` trains on data that are there")
+    if recipe.sampler is not None:
+        kind = recipe.sampler.kind
+        for option, owner in _OF_SAMPLER.items():
+            if owner != kind:
+                found[f"sampler.{option}"] = f"it is read with `kind: {owner}`, not `{kind}`"
+    return found
+
+
 def _unused_reference(recipe: Recipe, uses: Uses) -> dict[str, str]:
     keys = {name: f"reference.{name}" for name, *_ in declared(type(recipe.reference))}
     if not uses.reference:
@@ -96,6 +123,8 @@ def _unused_reference(recipe: Recipe, uses: Uses) -> dict[str, str]:
     found = {}
     if not uses.guide:
         found[keys["guide"]] = f"`{recipe.method.name}` has no guide"
+    if not uses.previous:
+        found[keys["previous"]] = f"`{recipe.method.name}` reads no previous policy"
     if kind != "cached":
         found[keys["cache_dir"]] = f"it is read with `kind: cached`, not `{kind}`"
     if kind != "ema":
@@ -134,7 +163,12 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
     yield from _quantization(recipe, given)
     if recipe.rounds is not None and uses is not None:
         yield from round_faults(recipe, given, uses.view, uses.needs)
-    for key, streams in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+    yield from _missing(recipe, uses, given)
+    for key, streams in (
+        ("data.train", recipe.data.train),
+        ("data.prompts", recipe.data.prompts),
+        ("data.eval", recipe.data.eval),
+    ):
         yield from _streams(key, streams, given)
     yield from _paths(recipe, given)
     yield from _optimiser(recipe, given)
@@ -144,6 +178,22 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
             f"`{tool}` is not installed",
             where=given.get("train.report_to", ""),
             mend=f"pip install {tool.replace('_', '-')}, or write `none`",
+        )
+
+
+def _missing(recipe: Recipe, uses: Uses | None, given: Mapping[str, str]) -> Iterator[AlignError]:
+    """What a method of its kind cannot do without."""
+    online = uses is not None and uses.online
+    where = given.get("method.name", "")
+    if online and not recipe.data.prompts:
+        yield ConfigError("`data.prompts` is missing", where=where, mend="name a file, a folder or a hub id of prompts")
+    if not online and not recipe.data.train:
+        yield ConfigError("`data.train` is missing", where=where, mend="name a file, a folder or a hub id")
+    if online and not recipe.feedback:
+        yield ConfigError(
+            f"`{recipe.method.name}` needs someone who judges what it samples",
+            where=where,
+            mend="add `feedback: [{kind: function, name: my_file:my_reward}]`",
         )
 
 
@@ -216,6 +266,7 @@ def _paths(recipe: Recipe, given: Mapping[str, str]) -> Iterator[AlignError]:
         ("model.name", recipe.model.name),
         ("reference.model", recipe.reference.model),
         ("reference.guide", recipe.reference.guide),
+        ("reference.previous", recipe.reference.previous),
     ):
         if name and _looks_local(name, ()) and not Path(name).expanduser().is_dir():
             yield ConfigError(f"there is no model folder `{name}`", where=given.get(key, ""), mend="check the path")
@@ -265,11 +316,14 @@ def to_plain(recipe: Recipe, uses: Uses) -> dict[str, Any]:
     plain["method"] = {"name": recipe.method.name, **recipe.method.options}
     for key in unused(recipe, uses):
         section, _, name = key.partition(".")
-        plain[section].pop(name, None)
-    if not plain["data"].get("eval"):
-        plain["data"].pop("eval", None)
-    for key in ("train", "eval"):
-        if key in plain["data"]:
+        if not name:
+            plain.pop(section, None)
+        elif plain.get(section):
+            plain[section].pop(name, None)
+    for key in ("train", "prompts", "eval"):
+        if not plain["data"].get(key):
+            plain["data"].pop(key, None)
+        else:
             plain["data"][key] = [
                 {name: value for name, value in stream.items() if name != "where" and value is not None}
                 for stream in plain["data"][key]

@@ -11,7 +11,7 @@ from typing import Any
 from align.core.errors import AlignError, ConfigError
 from align.core.registry import METHODS
 from align.recipe import provenance, rules
-from align.recipe.sections import Model, Peft, Recipe, Stream
+from align.recipe.sections import Model, Peft, Recipe, Rollout, Sampler, Stream
 
 
 def run(recipe: Recipe) -> Path:
@@ -44,16 +44,25 @@ def build(recipe: Recipe, method: Any, *, model: Any = None, train: Any = None) 
 
     `model` and `train` take the place of what the recipe names: a model that is loaded already, rows that were read.
     """
-    from align.trainers import PreferenceTrainer
+    from align.trainers import OnlineTrainer, PreferenceTrainer
 
-    return PreferenceTrainer(
-        model=model_path(recipe) if model is None else model,
-        method=method,
-        args=arguments(recipe),
-        train_dataset=streams(recipe.data.train) if train is None else train,
-        eval_dataset=streams(recipe.data.eval) or None,
-        peft_config=_peft(recipe.model.peft),
-        quantization_config=_quantization(recipe.model),
+    given: dict[str, Any] = {
+        "model": model_path(recipe) if model is None else model,
+        "method": method,
+        "args": arguments(recipe),
+        "train_dataset": streams(recipe.data.trained) if train is None else train,
+        "eval_dataset": streams(recipe.data.eval) or None,
+        "peft_config": _peft(recipe.model.peft),
+        "quantization_config": _quantization(recipe.model),
+    }
+    if method.rollouts() is None:
+        return PreferenceTrainer(**given)
+    judges = [(one, open_judge(one, recipe)) for one in recipe.feedback]
+    return OnlineTrainer(
+        **given,
+        feedback=[judge for one, judge in judges if not one.held_out],
+        eval_feedback=[judge for one, judge in judges if one.held_out],
+        health=recipe.health,
     )
 
 
@@ -71,14 +80,17 @@ def arguments(recipe: Recipe) -> Any:
     """
     import torch
 
-    from align.trainers import AlignConfig
+    from align.trainers import AlignConfig, OnlineConfig
 
     values = {**_shared_names(recipe), **_renamed(recipe)}
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without it, transformers takes every process of a launch on CPUs for the only one, in silence.
     values["use_cpu"] = launched > 1 and not torch.accelerator.is_available()
+    kind: type[AlignConfig] = AlignConfig
+    if recipe.data.prompts:
+        kind, values = OnlineConfig, {**values, **_online(recipe)}
     try:
-        made = AlignConfig(**values)
+        made = kind(**values)
     except AlignError:
         raise
     except (ValueError, ImportError, RuntimeError) as error:
@@ -131,12 +143,45 @@ def _renamed(recipe: Recipe) -> dict[str, Any]:
         "reference": reference.kind,
         "reference_model": _expanded(reference.model),
         "guide_model": _expanded(reference.guide),
+        "previous_model": _expanded(reference.previous),
         "reference_cache": _expanded(reference.cache_dir),
         "ema_decay": reference.decay,
         "ema_every": reference.every,
         "eval_every": recipe.eval.every,
         "best_metric": recipe.eval.best,
         "patience": recipe.eval.patience,
+    }
+
+
+def open_judge(judging: Any, recipe: Recipe) -> Any:
+    """The feedback that a recipe names."""
+    raise NotImplementedError
+
+
+def reward_weights(recipe: Recipe) -> dict[str, float]:
+    """The weight of each reward that is trained on, by name."""
+    return {one.name: one.weight for one in recipe.feedback if not one.held_out}
+
+
+def _online(recipe: Recipe) -> dict[str, Any]:
+    """What an `OnlineConfig` has beyond an `AlignConfig`."""
+    rollout, sampler = recipe.rollout or Rollout(), recipe.sampler or Sampler()
+    return {
+        "rollout_prompts": rollout.prompts,
+        "rollout_epochs": rollout.epochs,
+        "rollout_minibatches": rollout.minibatches,
+        "rollout_keep": rollout.keep,
+        "max_redraws": rollout.redraws,
+        **{name: getattr(rollout, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
+        "eval_prompts": rollout.eval_prompts,
+        "sampler": sampler.kind,
+        "sampler_urls": None if sampler.urls is None else list(sampler.urls),
+        "sampler_batch": sampler.batch_size,
+        "sampler_sleep": sampler.sleep,
+        "gpu_memory_utilization": sampler.gpu_memory_utilization,
+        "parity_limit": sampler.parity_limit,
+        "reward_weights": reward_weights(recipe),
+        "shaping": [dict(stage) for stage in recipe.shaping] or None,
     }
 
 

@@ -15,6 +15,7 @@ from align.recipe.document import Item
 from align.recipe.sections import (
     Data,
     Eval,
+    Judging,
     MethodChoice,
     Model,
     Peft,
@@ -22,7 +23,9 @@ from align.recipe.sections import (
     Quantization,
     Recipe,
     Reference,
+    Rollout,
     Rounds,
+    Sampler,
     Stream,
     Train,
 )
@@ -32,10 +35,13 @@ _PLAIN: dict[str, type] = {
     "train": Train,
     "eval": Eval,
     "rounds": Rounds,
+    "rollout": Rollout,
+    "sampler": Sampler,
     "provenance": Provenance,
 }
 _REQUIRED = ("model", "method", "data", "train")
-_SECTIONS = (*_REQUIRED, "reference", "eval", "rounds", "provenance")
+_LISTS = ("feedback", "shaping")
+_SECTIONS = (*_REQUIRED, *_PLAIN, *_LISTS)
 _ELSEWHERE = {
     "per_device_train_batch_size": "set `train.global_batch_size`; memory is `train.tokens_per_micro_batch`",
     "gradient_accumulation_steps": "set `train.global_batch_size`; memory is `train.tokens_per_micro_batch`",
@@ -54,6 +60,10 @@ _ELSEWHERE = {
 _WHY = {
     "load_in_8bit": "LLM.int8 looks for outliers in the whole batch, so a score would depend on its neighbours",
 }
+
+
+STREAMS = ("train", "prompts", "eval")
+"""Keys of `data` that hold streams."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -106,9 +116,16 @@ class _Reader:
         for key in _REQUIRED:
             if key not in items:
                 self.fault(f"the section `{key}` is missing", root, f"add `{key}:`")
-        builders = {"model": self.model, "method": self.method, "data": self.data}
+        builders = {
+            "model": self.model,
+            "method": self.method,
+            "data": self.data,
+            "feedback": self.feedback,
+            "shaping": self.shaping,
+        }
         parts: dict[str, Any] = {}
         for key, item in items.items():
+            self.given.setdefault(key, item.where)
             parts[key] = builders[key](item) if key in builders else self.section(_PLAIN[key], key, item)
         whole = all(parts.get(key) is not None for key in {*_REQUIRED, *parts})
         return Recipe(**parts) if whole else None
@@ -128,14 +145,42 @@ class _Reader:
 
     def data(self, item: Item) -> Data | None:
         extra: dict[str, Any] = {}
-        for key in ("train", "eval"):
+        for key in STREAMS:
             streams = item.value.get(key) if isinstance(item.value, dict) else None
             if streams is not None and streams.value is not None:
                 self.given[f"data.{key}"] = streams.where
                 extra[key] = self.streams(streams, f"data.{key}")
-        if isinstance(item.value, dict) and "train" not in extra:
-            self.fault("`data.train` is missing", item, "name a file, a folder or a hub id")
-        return self.section(Data, "data", item, extra, also=("train", "eval"))
+        return self.section(Data, "data", item, extra, also=STREAMS)
+
+    def feedback(self, item: Item) -> tuple[Judging, ...] | None:
+        """Judges: a list of sections, or one."""
+        entries = item.value if isinstance(item.value, list) else [item]
+        if not entries:
+            self.fault("`feedback` is empty", item, "name a reward function, a reward model or a judge")
+        found = [self.section(Judging, f"feedback.{number}", entry) for number, entry in enumerate(entries)]
+        self.given["feedback"] = item.where
+        return None if not found or None in found else tuple(found)
+
+    def shaping(self, item: Item) -> tuple[Mapping[str, Any], ...] | None:
+        """Stages of shaping: `{name: overlong, ...}` each, or a name alone."""
+        from align.shaping import base as shaping
+
+        entries = item.value if isinstance(item.value, list) else [item]
+        before, found = len(self.errors), []
+        self.given["shaping"] = item.where
+        for number, entry in enumerate(entries):
+            plain = entry.plain() if isinstance(entry.value, dict) else {"name": entry.plain()}
+            if not isinstance(plain.get("name"), str):
+                self.fault(f"`shaping.{number}` has no `name`", entry, "write {name: overlong, ...}")
+                continue
+            try:
+                shaping.make(plain["name"], {k: v for k, v in plain.items() if k != "name"}, entry.where)
+            except ErrorList as errors:
+                self.errors += errors.errors
+            except ConfigError as error:
+                self.errors.append(ConfigError(error.what, where=entry.where, why=error.why, mend=error.mend))
+            found.append(plain)
+        return tuple(found) if len(self.errors) == before else None
 
     def streams(self, item: Item, owner: str) -> tuple[Stream, ...] | None:
         entries = item.value if isinstance(item.value, list) else [item]

@@ -83,6 +83,7 @@ class Data:
     """What is read, and how it becomes tokens."""
 
     train: tuple[Stream, ...] = ()
+    prompts: tuple[Stream, ...] = ()
     eval: tuple[Stream, ...] = ()
     score: Literal["last", "all"] | None = option(None, doc="assistant turns that count; null: by the method's view")
     chat_template: str = option("model", doc="`model`, or the path of a Jinja file")
@@ -92,6 +93,11 @@ class Data:
     max_bad_fraction: float = option(0.01, at_least=0, at_most=1, doc="share of bad rows above which a run stops")
     shuffle: bool = option(True, doc="mix the rows of every epoch; false: file order")
 
+    @property
+    def trained(self) -> tuple[Stream, ...]:
+        """The streams of an epoch: `train`, or `prompts` of a method that samples its own answers."""
+        return self.train or self.prompts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -100,6 +106,9 @@ class Reference:
     kind: Literal["auto", "frozen", "adapter_off", "cached", "ema"] = option("auto", doc="auto: by adapter")
     model: str | None = option(None, doc="hub id or folder; null: the starting policy")
     guide: str | None = option(None, doc="hub id or folder of a second frozen policy, for `tgdpo` or `brain`")
+    previous: str | None = option(
+        None, doc="hub id or folder of the last round's policy, for `inpo` or `alpha_spin`; null: the starting one"
+    )
     cache_dir: str | None = option(None, doc="folder of cached log-probabilities, with `kind: cached`")
     decay: float = option(0.6, above=0, at_most=1, doc="weight of the policy in a refresh, with `kind: ema`")
     every: int = option(512, at_least=1, doc="optimiser steps between refreshes, with `kind: ema`")
@@ -162,6 +171,46 @@ class Rounds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What an online method samples before its steps."""
+
+    prompts: int | None = option(None, at_least=1, doc="prompts of a batch of rollouts; null: a step's x minibatches")
+    epochs: int = option(1, at_least=1, doc="passes over a batch of rollouts")
+    minibatches: int = option(1, at_least=1, doc="optimiser steps of one pass")
+    keep: Literal["none", "last", "all"] = option("none", doc="rollouts kept in the run's folder")
+    redraws: int = option(0, at_least=0, doc="times that prompts are drawn again in place of filtered groups")
+    max_new_tokens: int = option(256, at_least=1, doc="tokens of a completion, its end token included")
+    temperature: float = option(1.0, above=0, doc="of sampling; log-probs are taken at it too")
+    top_p: float = option(1.0, above=0, at_most=1, doc="smallest set of tokens with this much probability; 1: all")
+    top_k: int = option(0, at_least=0, doc="so many likeliest tokens; 0: all")
+    eval_prompts: int = option(256, at_least=1, doc="held-out prompts of an evaluation, at most")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Who samples: Hugging Face `generate`, vLLM in this process, or running `vllm serve` processes."""
+
+    kind: Literal["hf", "vllm", "server"] = option("hf", doc="hf needs nothing more; vllm and server need vLLM")
+    urls: Any = option(None, doc="addresses of running servers, a list, with `kind: server`")
+    batch_size: int = option(256, at_least=1, doc="completions drawn at once, with `kind: hf`")
+    gpu_memory_utilization: float = option(0.4, above=0, at_most=1, doc="share of a GPU's memory, with `kind: vllm`")
+    sleep: bool = option(True, doc="free the GPU's memory between two phases of sampling, with `kind: vllm`")
+    parity_limit: float = option(
+        0.02, above=0, doc="mean difference of the sampler's and the trainer's log-prob of a token that is said aloud"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """One who judges."""
+
+    kind: Literal["function"] = option("function", doc="what judges")
+    name: str = option(doc="`my_file:my_reward`")
+    weight: float = option(1.0, doc="of its rewards in their sum")
+    held_out: bool = option(False, doc="asked at evaluations alone")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where the numbers of a recipe come from. Read by people."""
 
@@ -190,3 +239,8 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
     provenance: Provenance = field(default_factory=Provenance)
     rounds: Rounds | None = None
+    rollout: Rollout | None = None
+    sampler: Sampler | None = None
+    feedback: tuple[Judging, ...] = ()
+    shaping: tuple[Mapping[str, Any], ...] = ()
+    health: Any = None

@@ -71,8 +71,10 @@ class DataSide:
             )
         return global_batch_size // self.units
 
-    def loader(self, args: AlignConfig, shuffle: bool) -> BatchLoader:
-        sampler = self.prepared.sampler(self.rows_per_step(args.global_batch_size), args.seed, shuffle)
+    def loader(self, args: AlignConfig, shuffle: bool, batch_size: int | None = None, repeat: int = 1) -> BatchLoader:
+        """Global batches of `batch_size` units (the arguments' by default), each given `repeat` times in a row."""
+        rows = self.rows_per_step(batch_size or args.global_batch_size)
+        sampler = self.prepared.sampler(rows, args.seed, shuffle, repeat)
         return BatchLoader(self.dataset, sampler, args.dataloader_num_workers if shuffle else 0, args.seed)
 
 
@@ -141,15 +143,17 @@ class RunData:
 
 def tokeniser_for(tokenizer: Any, method: Method, args: AlignConfig) -> Tokeniser:
     """How rows become tokens in a run with these arguments."""
+    # What is sampled has its room in `max_length`, and the rows of an online method give prompts alone.
+    online = method.rollouts() is not None
     return Tokeniser(
         tokenizer,
-        method.view,
-        args.max_length,
+        "prompts" if online else method.view,
+        args.max_length - (getattr(args, "max_new_tokens", 0) if online else 0),
         score=args.score,  # type: ignore[arg-type]
         truncation=args.truncation,  # type: ignore[arg-type]
         chat_template=_template(args.chat_template),
         pairs=args.pairs,  # type: ignore[arg-type]
-        needs=method.requires(),
+        needs=frozenset() if online else method.requires(),
         contexts=method.contexts(),
     )
 

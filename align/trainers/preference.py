@@ -70,6 +70,7 @@ class PreferenceTrainer(AlignTrainer):
         chosen = resolve_method(method)
         if train_dataset is None:
             raise ConfigError("there is no training data", mend="give train_dataset")
+        self._refuse_other_kind(chosen)
         _refuse_quantization(model, quantization_config, peft_config, DTYPES[args.dtype])
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or ""
         set_seed(args.seed)  # an adapter is drawn before Trainer seeds
@@ -99,6 +100,13 @@ class PreferenceTrainer(AlignTrainer):
         module = RoleModule(roles, DTYPES[args.dtype])
         super().__init__(module, chosen, args, data, tokenizer, callbacks, optimizers)
         self.expect_equal = self.reference is not None and self.reference.starts_equal
+
+    def _refuse_other_kind(self, method: Method) -> None:
+        if method.rollouts() is not None:
+            raise ConfigError(
+                f"method `{method.id}` trains on what the policy samples before each step",
+                mend="train it with OnlineTrainer",
+            )
 
     def build_engine(self, module: Any) -> Engine:
         roles = self.accelerator.unwrap_model(self.model)

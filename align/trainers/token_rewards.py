@@ -45,6 +45,8 @@ class TokenRewardsLog(TrainerCallback):
 
     def _write(self, state: Any) -> None:
         self._at = state.global_step
+        if self.trainer.method.rollouts() is not None:  # held-out rows are prompts, without answers to look at
+            return
         entry = look(self.trainer, self._rows())
         if entry is None or not state.is_world_process_zero:
             return

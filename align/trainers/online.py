@@ -1,0 +1,346 @@
+"""`OnlineTrainer`: samples, has judged, and trains on what the present policy writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from align.core.errors import ConfigError, DataError, suggestion
+from align.core.seeds import derive, generator
+from align.data.groups import Preference, TokenCompletion, TokenGroup
+from align.data.rollouts import RolloutGroup
+from align.data.stream import GlobalBatch, Hole
+from align.feedback.accounts import Account
+from align.feedback.base import Feedback
+from align.methods.base import Method, Rollouts
+from align.shaping import ShapingStage, run
+from align.shaping.base import make
+from align.trainers import checkpoints, rollouts
+from align.trainers.collect import Collector
+from align.trainers.engine import Engine
+from align.trainers.health import Health, HealthOptions
+from align.trainers.online_config import OnlineConfig
+from align.trainers.preference import PreferenceTrainer
+from align.trainers.rollout_log import RolloutLog
+from align.trainers.rollout_metrics import measured, mismatch
+from align.trainers.samplers import Samplers, open_samplers
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineTrainer(PreferenceTrainer):
+    """Trains a policy on its own samples: before a step, completions of the prompts are drawn and judged.
+
+    A batch of `rollout_prompts` prompts feeds `rollout_epochs * rollout_minibatches` optimiser steps of
+    `global_batch_size` prompts each. Selection and shaping see the whole batch, gathered over ranks.
+
+    Args:
+        model, processing_class, peft_config, callbacks, optimizers, quantization_config: as `PreferenceTrainer`.
+        method: an online method: its `rollouts()` says what it wants.
+        args: an `OnlineConfig`.
+        train_dataset: rows with prompts; their other columns reach reward functions.
+        eval_dataset: the same, held out: their answers are judged, not trained on.
+        feedback: what judges, one or several; `reward_weights` of the arguments weigh rewards by name.
+        eval_feedback: judges of the held-out answers beside these: what training does not see.
+    """
+
+    args: OnlineConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        method: str | Method = "online_dpo",
+        args: OnlineConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        *,
+        feedback: Feedback | Sequence[Feedback] = (),
+        eval_feedback: Sequence[Feedback] = (),
+        health: HealthOptions | None = None,
+    ) -> None:
+        args = OnlineConfig(output_dir="runs/align") if args is None else args
+        self.feedbacks = list(feedback) if isinstance(feedback, Sequence) else [feedback]
+        self.eval_feedbacks = list(eval_feedback)
+        self.model_name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "")
+        super().__init__(
+            model,
+            method,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            optimizers,
+            quantization_config,
+        )
+        self.asked = asked = self._asked()
+        if args.shaping and asked.select != "group":
+            raise ConfigError(
+                f"`shaping` with method `{self.method.id}`",
+                why="it trains on preferences, and shaping is of rewards",
+                mend="leave `shaping` out, or take a method such as grpo",
+            )
+        args.check_sampling(self.method.id, asked.ratio)
+        self.reward_weights = self._weights()
+        stages = [*args.shaping_stages(), *((stage.id, stage.options) for stage in asked.shaping)]
+        self.stages: list[ShapingStage] = [make(id_, options) for id_, options in stages]
+        self.health = Health(health or HealthOptions())
+        self.buffer: list[TokenGroup] = []
+        self.shaping_state: dict[str, np.ndarray] = {}
+        self.rollout_log = RolloutLog(self.args.output_dir, args.rollout_keep, self.args.should_save)
+        self._samplers: Samplers | None = None
+        self._parity_told = False
+        self._dummy: TokenGroup | None = None
+
+    def _weights(self) -> dict[str, float]:
+        """The weight of every reward that is trained on, by name."""
+        names = [one.name for one in self.feedbacks if one.gives == "reward"]
+        given = dict(self.args.reward_weights or {})
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ConfigError(f"`reward_weights` names `{unknown[0]}`", mend=suggestion(unknown[0], names))
+        return {name: given.get(name, 1.0) for name in names}
+
+    def _asked(self) -> Rollouts:
+        asked = self.method.rollouts()
+        if asked is None:
+            raise ConfigError(f"method `{self.method.id}` samples nothing")
+        return asked
+
+    def _refuse_other_kind(self, method: Method) -> None:
+        if method.rollouts() is None:
+            raise ConfigError(f"method `{method.id}` trains on data that are there", mend="use PreferenceTrainer")
+
+    def build_engine(self, module: Any) -> Engine:
+        engine = super().build_engine(module)
+        engine.temperature = self.args.temperature
+        return engine
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> int:
+        """Optimiser steps that one batch of rollouts feeds."""
+        return self.args.rollout_epochs * self.args.rollout_minibatches
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self.data.train.loader(self.args, self.args.shuffle, self.args.prompts, self.parts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.get_train_dataloader())
+
+    def dummy(self) -> TokenGroup:
+        """A prompt seen so far with one token after it, for a step that has nothing to train on."""
+        if self._dummy is None:
+            prompt, end = self.data.dummy(), np.array([int(self.tokenizer.eos_token_id)])
+            columns = {name: np.zeros(1) for name in (rollouts.ADVANTAGE, rollouts.SAMPLER)}
+            one = TokenCompletion(end, np.array([True]), np.array([0]), reward=0.0, role="policy", columns=columns)
+            pair = self.asked.select == "pair"
+            completions = (one,) if self.asked.select == "first" else (one, one)
+            self._dummy = TokenGroup(
+                prompt.row, prompt.prompt, completions, (Preference(0, 1, margin=0.0),) if pair else ()
+            )
+        return self._dummy
+
+    def groups_of(self, engine: Engine, inputs: GlobalBatch, seed: int) -> list[TokenGroup]:
+        """The part of the batch of rollouts that this step trains on; at the first part the batch is made."""
+        number, part = divmod(self.state.global_step, self.parts)
+        if part == 0:
+            self.data.note(inputs)
+            self.buffer = self.collect(engine, inputs.groups, number)
+        chosen = rollouts.part_of(
+            self.buffer, part, self.args.rollout_minibatches, derive(self.args.seed, "parts", number)
+        )
+        return engine.ready(chosen, seed)
+
+    # -- rollouts ---------------------------------------------------------------------------------------------------
+
+    def samplers(self, engine: Engine) -> Samplers:
+        if self._samplers is None:
+            reference = None if self.reference is None else self.column
+            self._samplers = open_samplers(
+                self.args, self.asked, engine, self.tokenizer, reference, self.model_name, self.world
+            )
+        return self._samplers
+
+    def collect(self, engine: Engine, prompts: Sequence[TokenGroup], number: int) -> list[TokenGroup]:
+        """Sample, judge, select and shape one batch of rollouts; draws again where whole groups carry no signal."""
+        wanted, kept = len(prompts), list[TokenGroup]()
+        for attempt in range(self.args.max_redraws + 1):
+            seed = derive(self.args.seed, "rollouts", number, attempt)
+            kept += self._once(engine, prompts, seed, number)
+            missing = wanted - len(kept)
+            if missing <= 0 or attempt == self.args.max_redraws:
+                break
+            prompts = self._more_prompts(missing, derive(seed, "more"))
+        if len(kept) < wanted:
+            logger.info("step %d: %d of %d prompts are trained on", self.state.global_step, len(kept), wanted)
+        return kept[:wanted]
+
+    def _once(self, engine: Engine, prompts: Sequence[TokenGroup], seed: int, number: int) -> list[TokenGroup]:
+        if not prompts:
+            return []
+        with self.samplers(engine).ready(self.state.global_step) as samplers:
+            collect = Collector(
+                self.asked, samplers, self.feedbacks, self.args.sampling(), self.rank, self.world, self._models()
+            )
+            judged, account = collect(prompts, seed, number)
+        if _missing(account):
+            logger.warning("step %d: %s", self.state.global_step, account)
+        self.rollout_log.write(judged, number)
+        selected = rollouts.select(self.asked, judged, seed, self.reward_weights)
+        trained, scored = self._scored(engine, selected.groups)
+        metrics = measured(judged, selected.left_out, self.reward_weights) | scored
+        if self.asked.select == "group":
+            batch = run(self.stages, rollouts.batch_of(trained, self.shaping_state))
+            self.shaping_state = dict(batch.state)
+            trained = rollouts.shaped(trained, batch)
+            metrics |= {f"shaping/{name}": value for name, value in batch.metrics.items()}
+        metrics["rollout/trained_share"] = len(trained) / max(len(judged), 1)
+        self._tell(metrics)
+        return trained
+
+    def _scored(self, engine: Engine, groups: list[TokenGroup]) -> tuple[list[TokenGroup], dict[str, float]]:
+        """The groups with `old_logp` and `ref_logp`, and how far the sampler is from the trainer. One pass without
+        gradient, where something reads it: several steps, a reference in the rewards, the first batch of a launch."""
+        reads = self.parts > 1 or any(stage.needs_reference for stage in self.stages)
+        if not groups or not (reads or not self._parity_told):
+            return groups, {}
+        share = engine.share(groups)
+        with torch.no_grad():
+            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        tables = {rollouts.OLD: found["logp"].double().cpu().numpy()}
+        if rollouts.REF in found:
+            tables[rollouts.REF] = found[rollouts.REF].double().cpu().numpy()
+        said = mismatch(groups, tables[rollouts.OLD])
+        if not self._parity_told:
+            self._parity_told = True
+            self.samplers(engine).tell_parity(said)
+        return (rollouts.with_columns(groups, tables) if reads else groups), said
+
+    def _more_prompts(self, count: int, seed: int) -> list[TokenGroup]:
+        dataset = self.data.train.dataset
+        rows = generator(seed, "rows").integers(0, len(dataset), count).tolist()
+        return [item for item in dataset.__getitems__(rows) if not isinstance(item, Hole)]
+
+    def _models(self) -> dict[str, str]:
+        return {"policy": f"{self.model_name or 'policy'}@{self.state.global_step}", "reference": self.model_name}
+
+    def _tell(self, metrics: Mapping[str, float]) -> None:
+        """To the log, and to those who watch over the run."""
+        self.meter.add(
+            {name: (torch.tensor(float(value), dtype=torch.float64), 1.0) for name, value in metrics.items()}
+        )
+        self._watch(metrics)
+
+    def _watch(self, metrics: Mapping[str, float]) -> None:
+        for finding in self.health.observe(self.state.global_step, metrics):
+            logger.warning("health: %s", finding.sentence)
+            if finding.severity == "stop":
+                self.control.should_training_stop = True
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answers to the held-out prompts, judged by the feedback and by `eval_feedback`: means, lengths, KL."""
+        data = self.data.eval
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise ConfigError("`evaluate` takes the data the trainer was made with", mend="give it as `eval_dataset`")
+        if data is None:
+            raise ConfigError("there is no evaluation data", mend="give eval_dataset, or `data.eval` in the recipe")
+        engine = self.engine_for(self.scored_module)
+        training = self.model.training
+        self.model.eval()
+        found = self._judged_answers(engine, data)
+        self.model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self._watch(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _judged_answers(self, engine: Engine, data: Any) -> dict[str, float]:
+        prompts = [group for batch in data.loader(self.args, False, self.args.prompts) for group in batch.groups][
+            : self.args.eval_prompts
+        ]
+        if not prompts:
+            raise DataError("no held-out row gives a prompt", mend="look at the rows of `data.eval`")
+        with self.samplers(engine).ready(self.state.global_step) as samplers:
+            collect = Collector(
+                self.asked,
+                samplers,
+                [*self.feedbacks, *self.eval_feedbacks],
+                self.args.sampling(),
+                self.rank,
+                self.world,
+                self._models(),
+            )
+            judged, account = collect(prompts, derive(self.args.seed, "evaluate"), self.state.global_step)
+        if _missing(account):
+            logger.warning("evaluation: %s", account)
+        own = [_of_policy(group) for group in judged]
+        found = {name.removeprefix("rollout/"): value for name, value in measured(own, {}, self.reward_weights).items()}
+        found |= self._kl(engine, own)
+        return found
+
+    def _kl(self, engine: Engine, own: Sequence[RolloutGroup]) -> dict[str, float]:
+        """KL to the reference in nats an answer, by the answers' own log-ratios; nothing without a reference."""
+        if self.column is None or "ref_logp" not in engine.needed.reference:
+            return {}
+        groups = [rollouts.token_group(group) for group in own if len(group)]
+        share = engine.share(groups)
+        with torch.no_grad():
+            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        ratio = (found["logp"] - found["ref_logp"]).double().sum(1)
+        return {"kl": float(ratio.mean())}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        numbers, tensors = super()._own_state()
+        numbers["health"] = self.health.state_dict()
+        tensors |= {f"shaping.{name}": torch.as_tensor(value) for name, value in self.shaping_state.items()}
+        if self.buffer and self.state.global_step % self.parts:
+            numbers["rollouts"], held = rollouts.to_tensors(self.buffer)
+            tensors |= {f"rollouts.{name}": value for name, value in held.items()}
+        return numbers, tensors
+
+    def restore_own_state(self, folder: Path) -> None:
+        super().restore_own_state(folder)
+        numbers, tensors = checkpoints.load_state(folder)
+        self.health.load_state_dict(numbers["health"])
+        self.shaping_state = {name: value.numpy() for name, value in _under("shaping.", tensors).items()}
+        if "rollouts" in numbers:
+            self.buffer = rollouts.from_tensors(numbers["rollouts"], _under("rollouts.", tensors))
+
+
+def _missing(account: Account) -> bool:
+    return any(count.missing for count in account.counts.values())
+
+
+def _of_policy(group: RolloutGroup) -> RolloutGroup:
+    """The group with the policy's own answers only."""
+    places = [place for place, one in enumerate(group.answers) if one.origin == "policy"]
+    wins = None if group.wins is None or len(places) < 2 else group.wins[np.ix_(places, places)]
+    return replace(group, answers=tuple(group.answers[place] for place in places), wins=wins)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,68 @@
+"""The rollouts of a run on disk, for people and for replay: a JSONL file a batch, in `output_dir/rollouts`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.core.files import atomic_lines
+from align.data.rollouts import RolloutGroup
+
+FOLDER = "rollouts"
+
+
+class RolloutLog:
+    """Writes each batch of rollouts, whole or not at all.
+
+    Args:
+        keep: `none`; the `last` batch alone; or `all`.
+        writes: whether this process writes.
+    """
+
+    def __init__(self, output_dir: str | Path, keep: str, writes: bool) -> None:
+        self.folder = Path(output_dir) / FOLDER
+        self.keep, self.writes = keep, writes and keep != "none"
+
+    def write(self, groups: Sequence[RolloutGroup], number: int) -> None:
+        """Batch `number`; a batch that is drawn again is added to what there is of it."""
+        if not self.writes or not groups:
+            return
+        file = self.folder / f"{number:06d}.jsonl"
+        before = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+        atomic_lines(file, [*before, *_lines(groups)])
+        if self.keep == "last":
+            for other in self.folder.glob("*.jsonl"):
+                if other != file:
+                    other.unlink()
+
+
+def _lines(groups: Sequence[RolloutGroup]) -> Iterator[bytes]:
+    import json
+
+    for group in groups:
+        row = {
+            **group.row.place(),
+            "batch": group.iteration,
+            "prompt": group.prompt if isinstance(group.prompt, str) else [dict(turn) for turn in group.prompt],
+            "wins": None if group.wins is None else [[_number(p) for p in row] for row in group.wins.tolist()],
+            "answers": [
+                {
+                    "text": one.text,
+                    "ids": one.ids.tolist(),
+                    "finished": one.finished,
+                    "origin": one.origin,
+                    "model": one.model,
+                    "logp": None if one.logp is None else [_number(float(p)) for p in one.logp],
+                    "rewards": {name: _number(value) for name, value in one.rewards.items()},
+                }
+                for one in group.answers
+            ],
+        }
+        yield (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _number(value: float) -> Any:
+    """JSON has no NaN: missing is null."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,63 @@
+"""Numbers about a batch of rollouts, for the log and for those who watch over a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from align.data.groups import TokenGroup
+from align.data.rollouts import RolloutGroup
+from align.trainers.rollouts import SAMPLER, reward_of
+
+
+def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]:
+    """The sampler's log-probs against the trainer's of the same tokens, at the same temperature.
+
+    Args:
+        logp: float64 [N, T], the trainer's, rows in the order of the completions.
+
+    Returns:
+        `sampler/difference` and `sampler/largest_difference` of a token in nats; `sampler/kl`, the mean over tokens of
+        e^d - d - 1 with d = trainer - sampler, an estimate of KL(sampler || trainer); `sampler/ess`, the effective
+        sample size of the completions' ratios as a share of their number. Nothing where log-probs did not come along.
+    """
+    completions = [one for group in groups for one in group.completions]
+    if not completions or not all(SAMPLER in one.columns for one in completions):
+        return {}
+    gaps = [(row[: len(one)] - one.columns[SAMPLER])[one.mask] for row, one in zip(logp, completions, strict=True)]
+    tokens = np.concatenate(gaps)
+    sums = np.array([gap.sum() for gap in gaps])
+    weights = np.exp(sums - sums.max())
+    return {
+        "sampler/difference": float(np.abs(tokens).mean()),
+        "sampler/largest_difference": float(np.abs(tokens).max()),
+        "sampler/kl": float((np.expm1(tokens) - tokens).mean()),
+        "sampler/ess": float(weights.sum() ** 2 / (weights**2).sum() / len(weights)),
+    }
+
+
+def measured(
+    groups: Sequence[RolloutGroup], left_out: Mapping[str, int], weights: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Means over the answers of a batch: rewards by name and together, lengths, what is cut, missing, left out."""
+    answers = [one for group in groups for one in group.answers]
+    if not answers:
+        return {}
+    rewards = np.concatenate([reward_of(group, weights) for group in groups])
+    found = {
+        "rollout/length": float(np.mean([len(one) for one in answers])),
+        "rollout/truncated": float(np.mean([not one.finished for one in answers])),
+        "rollout/missing": float(np.isnan(rewards).mean()),
+        "rollout/left_out": sum(left_out.values()) / len(groups),
+    }
+    if not np.isnan(rewards).all():
+        found["rollout/reward"] = float(np.nanmean(rewards))
+    for name in sorted({name for one in answers for name in one.rewards}):
+        values = np.array([one.rewards.get(name, np.nan) for one in answers])
+        if not np.isnan(values).all():
+            found[f"rollout/reward/{name}"] = float(np.nanmean(values))
+    sampled = [one.logp for one in answers if one.logp is not None]
+    if sampled:
+        found["rollout/entropy"] = float(-np.concatenate(sampled).mean())
+    return found
