@@ -31,6 +31,7 @@ UNRATED = frozenset(
 """Methods for which no range of learning rates is known here: plain SFT is not preference training."""
 LOG_RATIO_BETAS = frozenset(
     {
+        "alpha_spin",
         "aot",
         "aot_unpaired",
         "apo_down",
@@ -55,6 +56,7 @@ LOG_RATIO_BETAS = frozenset(
         "list_softmax",
         "mapl",
         "nca",
+        "online_dpo",
         "pl_dpo",
         "r_dpo",
         "rdpo",
@@ -70,6 +72,7 @@ LOG_RATIO_BETAS = frozenset(
         "tgdpo",
         "vpo",
         "wpo",
+        "xpo",
     }
 )
 """Methods whose `beta` multiplies a log-ratio summed over tokens."""
@@ -80,22 +83,29 @@ OTHER_SCALES = frozenset(
         "cal_dpo",
         "chi_po",
         "cpl",
+        "dno",
+        "dno_prct",
         "dpo_norm",
         "dro_v",
         "exo_pref",
         "exo_rw",
         "f_dpo",
         "flex_dpo",
+        "inpo",
         "ipo",
         "iqlearn_sft",
+        "nash_md",
+        "online_ipo",
         "orpo",
         "ps_kd",
+        "rebel",
         "sft",
         "sft_fdiv",
         "simpo",
         "slic",
         "spac",
         "spin",
+        "sppo",
     }
 )
 """Methods without such a beta: length-normalised, or with a scale of another meaning."""

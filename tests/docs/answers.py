@@ -125,6 +125,8 @@ def given_for(method: Method, rows: Sequence[Row], row: Row) -> Given:
         r"\pi": probability("logp"),
         r"\pi_\mathrm{ref}": probability("ref_logp"),
         r"\pi_g": probability("anchor.guide"),
+        r"\pi_\mathrm{prev}": probability("anchor.previous"),
+        r"\pi_\mathrm{old}": probability("old_logp"),
     }
     given.ranges["t"] = range(1, max(len(one["logp"]) for one in completions(row)) + 1)
     given.labels = frozenset(labels)
@@ -267,6 +269,19 @@ def _label(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
     given.values |= {"P": row["probability"], "R": row.get("margin")}
 
 
+def _nash_md(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
+    given.ranges["j"] = given.ranges["t"]
+
+
+def _sppo(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
+    given.values |= {"r_w": row["chosen"]["reward"], "r_l": row["rejected"]["reward"]}
+
+
+def _xpo(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
+    explored = next(one for one in (row["chosen"], row["rejected"]) if one["role"] == "reference")
+    given.values |= {r"y_\mathrm{ref}": Answer(explored), r"\phi": float(explored["finished"])}
+
+
 def _kl(name: str) -> Any:
     def give(method: Any, rows: Sequence[Row], row: Row, given: Given) -> None:
         each = column("kl_ref_policy")
@@ -296,18 +311,25 @@ EXTRAS: dict[str, Callable[[Any, Sequence[Row], Row, Given], None]] = {
     "beta_dpo": _beta_dpo,
     "brain": _brain,
     "cpl": _cpl,
+    "dno": _label,
     "dro_v": _dro_v,
     "elr": _elr,
     "kto": _kto,
     "mapl": _mapl,
+    "nash_md": _nash_md,
+    "online_dpo": _label,
+    "online_ipo": _label,
     "ps_kd": _ps_kd,
+    "rebel": _label,
     "regret_pref": _regret,
     "rrpo": _kl("D"),
     "smpo": _label,
     "soft_dpo": _label,
+    "sppo": _sppo,
     "t_reg": _t_reg,
     "tdpo": _kl("K"),
     "tgdpo": _tgdpo,
     "wpo": _wpo,
+    "xpo": _xpo,
 }
 """What a method's formula speaks of beyond its view."""

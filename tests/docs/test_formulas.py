@@ -88,6 +88,8 @@ def test_every_number_among_the_options_stands_in_the_formula():
         ("hypo", "live"),
         ("hypo", "max_new_tokens"),
         ("iqlearn_sft", "warmup_steps"),
+        ("nash_md", "mix"),
+        ("online_ipo", "mix"),
     }
     missing = set()
     for name in METHODS.entries():

@@ -49,12 +49,15 @@ class Same:
 
 
 def as_view(view: str, rows: Sequence[Row]) -> list[Row]:
-    """Pairs as a view reads them: a list of two scored 1 and 0, two labelled answers, or the chosen answer."""
+    """Pairs as a view reads them: a list of two scored 1 and 0, two labelled answers, the chosen answer, or pairs whose
+    winner has a win rate of 1 and whose loser one of 0."""
     if view == "lists":
         return [{"completions": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]} for row in rows]
     if view == "singles":
         return [{**row[side], "label": side == "chosen"} for row in rows for side in ("chosen", "rejected")]
-    return [row["chosen"] for row in rows] if view == "demonstrations" else list(rows)
+    if view == "demonstrations":
+        return [row["chosen"] for row in rows]
+    return [{side: {**row[side], "reward": float(side == "chosen")} for side in ("chosen", "rejected")} for row in rows]
 
 
 def centred(beta: float) -> Callable[[Sequence[Row]], Mapping[str, float]]:
@@ -121,6 +124,7 @@ SETTINGS: tuple[Same, ...] = (
         divergence("alpha_divergence", 0.0),
         (Part("f_dpo", {**B, "divergence": "forward_kl"}),),
     ),
+    Same("sppo_hard as sppo", {**B, "loss_types": ["sppo_hard"]}, (Part("sppo", {"eta": 1 / 0.3}, 2.0),)),
     Same("ld_alpha", {**B, "ld_alpha": 0.4}, (Part("ld_dpo", {**B, "alpha": 0.4}),)),
     Same("ld_alpha of 0", {**B, "ld_alpha": 0.0}, (Part("ld_dpo", {**B, "alpha": 0.0}),)),
     Same("ld_alpha of 1", {**B, "ld_alpha": 1.0}, (Part("dpo", B),)),

@@ -65,7 +65,7 @@ def test_names_that_trl_has_for_divergences_are_answered() -> None:
         ("nca_pair", "nca", "`alpha: 0.01`"),
         ("sigmoid_norm", "dpo_norm", "beta is 5"),
         ("bco_pair", "bco", "no centre"),
-        ("sppo_hard", "", "`cal_dpo`"),
+        ("sppo_hard", "sppo", "twice `sppo`"),
         ("ld_alpha", "ld_dpo", "`alpha`"),
         ("use_weighting", "wpo", "`clamp: null`"),
         ("rpo_alpha", "rpo", "`sft_reduction: token_mean`"),
