@@ -117,8 +117,8 @@ def open_samplers(
         from align.sampling.mixture import MixtureSampler
 
         mix = next(draw.mix for draw in asked.draws if draw.origin == "mixture")
-        context = {"reference_context": reference.context} if reference.model is policy else {}
-        mixed = MixtureSampler(policy, reference.model, tokenizer, mix, args.sampler_batch, **context)
+        other = None if reference.model is policy else reference.model  # None: the policy with its adapter off
+        mixed = MixtureSampler(policy, other, tokenizer, mix, args.sampler_batch)
         found["mixture"] = InContext(mixed, compute)
     return Samplers(found, policy, args.parity_limit)
 
