@@ -16,6 +16,7 @@ import numpy as np
 
 from align.core.errors import AlignError, ConfigError
 from align.core.options import check_all, option, public_name
+from align.data.comparisons import Label, tournament
 from align.data.rollouts import RolloutGroup
 
 Rule = Literal[
@@ -30,7 +31,6 @@ Rule = Literal[
     "top",
     "top_share",
 ]
-Label = Literal["hard", "sampled", "prob"]
 DATA = "data"
 """Origins of answers that nobody sampled begin with it."""
 _OF_RULE: Mapping[str, tuple[str, ...]] = {
@@ -121,7 +121,7 @@ class Candidates:
     Attributes:
         score: float64 [K], what answers are ordered by: reward or win rate, less the length penalty; NaN is missing.
         wins: float64 [K, K], P(i beats j), NaN where it is not known.
-        win_rate: float64 [K], see `win_rates`.
+        win_rate: float64 [K], see `rates_against`.
         length: int64 [K], tokens. finished, empty: bool [K].
         origin, text: K each.
         direct: whether two answers are compared by `wins` and not by their scores.
@@ -166,7 +166,7 @@ class Selected:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def win_rates(wins: np.ndarray, opponents: np.ndarray) -> np.ndarray:
+def rates_against(wins: np.ndarray, opponents: np.ndarray) -> np.ndarray:
     """float64 [K]: P(y > pi_t) of each answer, the mean of its row of `wins` over the policy's own answers.
 
     An answer of the policy meets itself too, with 1/2, as in SPPO's code (arXiv 2405.00675): the mean over the policy's
@@ -205,7 +205,7 @@ def candidates(group: RolloutGroup, spec: PairSpec, weights: Mapping[str, float]
     elif not direct and spec.scale is not None:
         wins = _sigmoid(spec.scale * (rewards[:, None] - rewards[None, :]))
     own = np.array([not answer.origin.startswith(DATA) for answer in group.answers], dtype=bool)
-    rates = win_rates(wins, own)
+    rates = rates_against(wins, own)
     return Candidates(
         score=(rates if direct else rewards) - spec.length_penalty * length,
         wins=wins,
@@ -251,43 +251,6 @@ def top_share(groups: Sequence[Candidates], spec: PairSpec) -> list[Selected]:
         )
         for number, (which, left_out) in enumerate(usable)
     ]
-
-
-def tournament(order: Sequence[int], gap: Callable[[int, int], float]) -> tuple[int, int] | None:
-    """Winner and loser of a knock-out with a losers' bracket (INPO, arXiv 2407.00617).
-
-    First-round winners play on for the winner; first-round losers play on, the loser advancing, for the loser. A tie
-    goes to the first; an odd one out advances without a match, in the first round to the winners. With 8 answers 10
-    matches, and the check of winner against loser is the eleventh.
-
-    Returns:
-        (winner, loser), or None where a match that was needed is not known.
-    """
-    first = [_match(a, b, gap) for a, b in zip(order[::2], order[1::2], strict=False)]
-    if None in first:
-        return None
-    known = [match for match in first if match is not None]
-    bye = [order[-1]] if len(order) % 2 else []
-    best = _bracket([winner for winner, _ in known] + bye, gap, 0)
-    worst = _bracket([loser for _, loser in known], gap, 1)
-    return None if best is None or worst is None else (best, worst)
-
-
-def _bracket(players: list[int], gap: Callable[[int, int], float], advances: int) -> int | None:
-    """Who is left; of a match the winner (0) or the loser (1) advances."""
-    while len(players) > 1:
-        matches = [_match(a, b, gap) for a, b in zip(players[::2], players[1::2], strict=False)]
-        if None in matches:
-            return None
-        players = [m[advances] for m in matches if m is not None] + (players[-1:] if len(players) % 2 else [])
-    return players[0]
-
-
-def _match(first: int, second: int, gap: Callable[[int, int], float]) -> tuple[int, int] | None:
-    value = gap(first, second)
-    if np.isnan(value):
-        return None
-    return (first, second) if value >= 0 else (second, first)
 
 
 Found = tuple[list[tuple[int, int]], str]
@@ -349,16 +312,19 @@ def _length_matched(one: Candidates, usable: np.ndarray, spec: PairSpec, rng: np
 
 
 def _tournament(one: Candidates, usable: np.ndarray, spec: PairSpec, rng: np.random.Generator) -> Found:
-    result = tournament([int(k) for k in usable], one.gap)
-    if result is None:
+    """The winner of a knock-out against its loser, where it wins against that one too (INPO's final check)."""
+    wins = np.array([[0.5 if a == b else _says(one.gap(int(a), int(b))) for b in usable] for a in usable])
+    played = tournament(wins)
+    if played.winner is None or played.loser is None:
         return [], "missing"
-    winner, loser = result
-    gap = one.gap(winner, loser)
-    if np.isnan(gap):
-        return [], "missing"
+    winner, loser = int(usable[played.winner]), int(usable[played.loser])
     if spec.unfinished == "reject" and not one.finished[winner]:
         return [], "unfinished"
-    return ([(winner, loser)], "") if gap > 0 else ([], "tie" if gap == 0 else "final check")
+    if played.kept:
+        return [(winner, loser)], ""
+    return [], "missing" if np.isnan(one.gap(winner, loser)) else "tie" if one.gap(
+        winner, loser
+    ) == 0 else "final check"
 
 
 def _by_origin(one: Candidates, usable: np.ndarray, spec: PairSpec, rng: np.random.Generator) -> Found:
@@ -395,6 +361,11 @@ def _ordered(one: Candidates, pairs: Sequence[tuple[int, int]], spec: PairSpec) 
         else:
             found.append((chosen, rejected))
     return found, lost.most_common(1)[0][0] if lost else ""
+
+
+def _says(gap: float) -> float:
+    """1, 0 or 1/2 by the sign of a gap; NaN where it is not known."""
+    return float(0.5 * (1.0 + np.sign(gap)))
 
 
 def _labelled(one: Candidates, chosen: int, rejected: int, spec: PairSpec, rng: np.random.Generator) -> Pair:

@@ -1,0 +1,184 @@
+"""From names to a sampler that is opened when there is something to sample, and to what determines its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from align.core.errors import ConfigError, ModelError
+from align.core.options import option
+from align.reference.weights_hash import folder_hash, module_hash
+from align.sampling.base import Sampler
+from align.sampling.loading import load
+from align.sampling.prompts import PromptEncoder
+from align.scoring.adapters import ADAPTER_CONFIG, adapter_config, base_of
+from align.scoring.loading import load_tokenizer
+
+Kind = Literal["hf", "vllm", "server"]
+_OF_KIND: Mapping[str, tuple[Kind, ...]] = {
+    "urls": ("server",),
+    "deadline": ("server",),
+    "retries": ("server",),
+    "batch_size": ("hf",),
+    "device": ("hf",),
+    "dtype": ("hf", "vllm"),
+    "gpu_memory_utilization": ("vllm",),
+    "enforce_eager": ("vllm",),
+    "max_model_len": ("vllm", "server"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """Who samples: Hugging Face `generate`, vLLM in this process, or running `vllm serve` processes."""
+
+    kind: Kind = option("hf", doc="hf needs nothing more; vllm and server need vLLM")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", doc="auto: float32 on a CPU, bfloat16 elsewhere")
+    device: str | None = option(None, doc="cpu, cuda, ..., with `kind: hf`; null: the GPU where there is one")
+    batch_size: int = option(64, at_least=1, doc="completions drawn at once, with `kind: hf`")
+    gpu_memory_utilization: float = option(0.9, above=0, at_most=1, doc="share of a GPU's memory, with `kind: vllm`")
+    enforce_eager: bool = option(False, doc="no CUDA graphs, with `kind: vllm`: a faster start, slower sampling")
+    max_model_len: int | None = option(None, at_least=2, doc="tokens of prompt and answer; null: what the model takes")
+    urls: Any = option(None, doc="addresses of running servers, a list, with `kind: server`")
+    deadline: float = option(600.0, above=0, doc="seconds that a server may take for a request")
+    retries: int = option(3, at_least=0, doc="times that a request to a server is tried again")
+
+
+def unused(spec: SamplerSpec) -> dict[str, str]:
+    """Options that the kind does not read -> why."""
+    return {
+        name: f"it is read with `kind: {' or '.join(kinds)}`, not `{spec.kind}`"
+        for name, kinds in _OF_KIND.items()
+        if spec.kind not in kinds
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """A sampler to be opened.
+
+    Attributes:
+        open: makes it; the model is loaded once however often it is called.
+        name: what answers carry. tokenizer: of the model. encoder: turns prompts into its ids.
+        key: what determines its numbers. positions: most tokens of prompt and answer; None where nobody knows.
+    """
+
+    open: Callable[[], Sampler]
+    name: str
+    tokenizer: Any
+    encoder: PromptEncoder
+    key: Mapping[str, Any]
+    positions: int | None
+
+
+def opening(
+    model: str,
+    spec: SamplerSpec,
+    *,
+    folder: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    chats: bool = True,
+) -> Opening:
+    """What it takes to sample from a model.
+
+    Args:
+        model: hub id, folder of a model or of an adapter; with `kind: server` the name under which it is served too.
+        folder: where the files are, if not at `model` (a revision that was fetched).
+        chats: whether prompts may be messages, whose turns end by a token of their own.
+
+    Raises:
+        ConfigError: no servers are named. ModelError: no such model or tokenizer, or an adapter where none is taken.
+    """
+    place = str(Path(folder or model).expanduser()) if (folder or model).startswith("~") else folder or model
+    adapter = (Path(place) / ADAPTER_CONFIG).is_file()
+    base = base_of(adapter_config(Path(place)), Path(place)) if adapter else place
+    if adapter and spec.kind != "hf":
+        raise ModelError(
+            f"an adapter is sampled from with `kind: hf`, not `{spec.kind}`",
+            where=model,
+            mend="merge it first: align merge",
+        )
+    own = not adapter or (Path(place) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(place if own else base, trust_remote_code)
+    encoder = PromptEncoder(tokenizer, chat_template)
+    ends = sorted(encoder.end_of_turn) if chats else []
+    key = {"kind": spec.kind, "end_ids": ends, "template": chat_template or "model"}
+    positions = spec.max_model_len
+    if spec.kind != "server":
+        positions = min(filter(None, (positions, _positions(base, trust_remote_code))), default=None)
+    if spec.kind == "hf":
+        made = _hf(place, model, spec, ends, trust_remote_code)
+    elif spec.kind == "vllm":
+        made = _vllm(place, spec, ends)
+    else:
+        made = _server(model, spec, ends)
+    return Opening(made.open, model, tokenizer, encoder, {**key, **made.key}, positions)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    open: Callable[[], Sampler]
+    key: Mapping[str, Any]
+
+
+def _hf(place: str, name: str, spec: SamplerSpec, ends: list[int], trust: bool) -> _Made:
+    from align.sampling.hf import HFSampler
+
+    held: list[Sampler] = []
+
+    def open_() -> Sampler:
+        if not held:
+            loaded = load(place, None, spec.dtype, spec.device, trust)
+            held.append(HFSampler(loaded.model, loaded.tokenizer, spec.batch_size, end_ids=ends))
+        return held[0]
+
+    weights = _folder_hash(place)
+    if not weights:
+        model: Any = open_()
+        weights = module_hash(model.model)
+    device = "cuda" if spec.device is None and torch.cuda.is_available() else (spec.device or "cpu").partition(":")[0]
+    dtype = spec.dtype if spec.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    key = {
+        "weights": weights,
+        "dtype": dtype,
+        "device": device,
+        "batch_size": spec.batch_size,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return _Made(open_, key)
+
+
+def _vllm(place: str, spec: SamplerSpec, ends: list[int]) -> _Made:
+    raise ConfigError("`sampler.kind: vllm` is not here yet")
+
+
+def _server(name: str, spec: SamplerSpec, ends: list[int]) -> _Made:
+    raise ConfigError("`sampler.kind: server` is not here yet")
+
+
+def _folder_hash(place: str) -> str:
+    """Of a model or adapter folder, an adapter's with its base; nothing where it is not on this disk under its name."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return ""
+    whole = folder_hash(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return whole
+    below = _folder_hash(base_of(adapter_config(folder), folder))
+    return f"{below}+{whole}" if below else ""
+
+
+def _positions(name: str, trust: bool) -> int | None:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError):  # the loader of the model says what is wrong with it
+        return None
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(found) if found else None
