@@ -57,6 +57,14 @@ class TrainingError(AlignError):
     """A run that must not go on (non-finite loss, failed step-zero check)."""
 
 
+class FeedbackError(AlignError):
+    """A judgement that could not be had: a judge that failed, hung, died or answered nonsense."""
+
+
+class SamplerError(AlignError):
+    """An engine or server that draws completions and failed, does not answer, or answers nonsense."""
+
+
 class MissingExtra(AlignError):
     """An optional dependency that is not installed."""
 

@@ -5,9 +5,9 @@ from align.evaluate.intervals import Estimate, mean_interval, paired_difference,
 from align.evaluate.kl import KL, kl_on_samples
 from align.evaluate.policy import Settings, evaluate_policy, save_result
 from align.evaluate.results import Evaluation
-from align.evaluate.rewards import Reward, load_reward
 from align.evaluate.sides import Side, as_side, load_side, starting_model
 from align.evaluate.wins import length_controlled_win_rate, win_rate, win_rate_of
+from align.feedback.functions import Reward, load_reward
 
 __all__ = [
     "KL",

@@ -23,8 +23,8 @@ from align.data.encode import Encoder
 from align.data.groups import Preference, TokenGroup
 from align.evaluate.held_out import HeldOut, Prompt
 from align.evaluate.results import Evaluation, summarise
-from align.evaluate.rewards import Reward
 from align.evaluate.sides import Side
+from align.feedback.functions import Reward
 from align.sampling.base import Rollout, SamplingParams
 from align.scoring.assemble import trees_of
 from align.scoring.layout import Tree

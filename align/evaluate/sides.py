@@ -21,12 +21,8 @@ from align.sampling.loading import Dtype, load
 from align.sampling.prompts import PromptEncoder
 from align.scoring.adapters import ADAPTER_CONFIG, adapter_config, base_of
 from align.scoring.backends import Backend, prepare
-from align.scoring.batching import plan
-from align.scoring.engine import score
+from align.scoring.branches import branch_logps
 from align.scoring.layout import Tree
-
-BUDGET = {"cpu": 4096, "cuda": 16384}
-"""Tokens of one scoring pass."""
 
 
 @dataclass(eq=False)
@@ -69,19 +65,9 @@ class Side:
         sampler = HFSampler(self.model, self.tokenizer, self.batch_size, end_ids=ends)
         return ids, sampler.sample(ids, n, params, progress)
 
-    @torch.inference_mode()
     def logp(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """Per tree, per branch: float64 [T] log-probabilities of its tokens at temperature 1."""
-        found: list[list[np.ndarray]] = [[] for _ in trees]
-        if not trees:
-            return found
-        budget = BUDGET.get(self.device.type, BUDGET["cpu"])
-        for batch in plan([tree.tokens for tree in trees], budget=budget)[0]:
-            rows = score(self.model, self.backend.pack([trees[i] for i in batch]))["logp"].double().cpu().numpy()
-            places = iter(rows)
-            for index in batch:
-                found[index] = [next(places)[:length].copy() for length in trees[index].lengths]
-        return found
+        return branch_logps(self.model, self.backend, trees)
 
 
 def load_side(

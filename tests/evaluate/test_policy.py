@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.core.errors import CheckpointError, ConfigError, DataError
 from align.evaluate import Settings, evaluate_policy, load_side, read_held_out, save_result, starting_model
 from align.evaluate.policy import COMPLETIONS, read_rows
-from align.evaluate.rewards import Reward
 from align.evaluate.sides import Side
+from align.feedback.functions import Reward
 from align.sampling.base import SamplingParams
 from align.testing.tiny import random_pairs, save_tiny, tiny_tokenizer
 

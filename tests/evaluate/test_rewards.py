@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align.core.errors import ConfigError
-from align.evaluate import load_reward
+from align.feedback.functions import load_reward
 
 MODULE = """
 import numpy, torch
@@ -70,7 +70,8 @@ def test_the_signature_is_trls(name):
     prompts, completions, ids, columns = some_rewards.seen[-1]
     assert prompts == ["a", "b", [{"role": "user", "content": "c"}], "d"]
     assert completions == ["1", "2", [{"role": "assistant", "content": "3"}], "4"]
-    assert ids == [[1]] * 4 and columns == {"topic": [1, 2, 3, 4]}
+    assert ids == [[1]] * 4 and columns["topic"] == [1, 2, 3, 4]
+    assert set(columns) == {"topic", "log_extra", "log_metric"}
 
 
 def test_functions_that_take_less_classes_and_tensors(name):
