@@ -21,7 +21,7 @@ class OnlineIPO(Method):
     One value per pair [P]; h is the log-ratio to a reference that never moves, summed over tokens (`ipo` alone takes
     means per token). 1 / (4 tau^2) at the reference. Both answers come from one distribution, the policy's, or, token
     by token, softmax((1 - mix) log pi + mix log pi_ref); with two different ones the expected gradient is another. It
-    is 2 / tau times that of `nash_md`'s self-play: at `mix` 0 the policy stops at the regularised Nash equilibrium of
+    is 4 / tau times that of `nash_md`'s self-play: at `mix` 0 the policy stops at the regularised Nash equilibrium of
     temperature tau, pi* proportional to pi_ref exp(P(y > pi*) / tau), also where preferences are intransitive. With
     `mix` the mixture stops at that of temperature tau / (1 - mix). This needs winners drawn from the judge's P
     (`sampled`) or P itself (`prob`); the likelier winner (`hard`) is another game. The paper's tau is 1, its `mix`
