@@ -185,6 +185,13 @@ def test_nash_averaging_shares_among_clones_and_drops_the_dominated() -> None:
     found = games.nash_averaging(P[np.ix_(copied, copied)])
     expected = np.array([1 / 3, 2, 2, 2, 0, 1 / 3, 1 / 3]) / 7
     assert np.allclose(found, expected, atol=1e-6)
+    # An answer that ties with all beside the cycle: every mixture of it and the cycle's equilibrium is one.
+    tied = np.full((4, 4), 0.5)
+    tied[1:, 1:] = P[:3, :3]
+    entropy = -(NASH[:3] @ np.log(NASH[:3]))
+    share = 1 / (1 + math.exp(entropy))
+    assert len(games.equilibria(tied)) == 2
+    assert np.allclose(games.nash_averaging(tied), [share, *((1 - share) * NASH[:3])], atol=1e-7)
     # Checkpoints that play one action each are the game; of a ladder the strongest is all.
     assert games.nash_averaging(games.ladder([1.0, 3.0, 2.0]).P)[1] == pytest.approx(1)
     assert games.bradley_terry(P).argmax() == 0 and NASH[0] == min(NASH[:3])
