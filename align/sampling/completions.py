@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import GenerationConfig
 
 from align.core.errors import ModelError
-from align.sampling.base import Rollout
+from align.core.seeds import derive
+from align.sampling.base import Request, Rollout, SamplingParams
 
 _CONTEXT = 8
 """Tokens before a completion with which it is decoded, so that a leading space is not lost."""
@@ -19,6 +22,39 @@ def as_ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
     return frozenset(int(one) for one in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def end_ids_of(model: str, tokenizer: Any) -> frozenset[int]:
+    """End tokens of a tokenizer and of a model's `generation_config.json` (or its configuration, without one)."""
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:  # no such file; transformers then takes the configuration's own
+        from transformers import AutoConfig
+
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    return as_ids(tokenizer.eos_token_id) | as_ids(config.eos_token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One completion that an engine is to make.
+
+    Attributes:
+        place: (number of the prefix, number of the completion). prefix: its ids.
+        seed: a function of (seed, place), so that a draw does not depend on what is drawn beside it.
+    """
+
+    place: tuple[int, int]
+    prefix: Sequence[int]
+    params: SamplingParams
+    seed: int
+
+
+def draws(request: Request) -> Iterator[Draw]:
+    """Every completion of a request, prefix by prefix."""
+    for number, (prefix, count, own) in enumerate(zip(request.prefixes, request.counts, request.params, strict=True)):
+        for sample in range(count):
+            yield Draw((number, sample), prefix, own, derive(own.seed, "rollout", number, sample))
 
 
 class Decoder:

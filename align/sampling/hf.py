@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from align.core import seeds
 from align.core.errors import ConfigError, ModelError
@@ -121,7 +127,7 @@ class HFSampler:
         out: list[list[Rollout | None]] = [[None] * count for count in request.counts]
         ends = self.end_ids
         decoder = Decoder(self.tokenizer, prefixes, ends)
-        with _for_sampling(self.model):
+        with for_sampling(self.model):
             for rows, shared in _alike(request):
                 for done in self._finished(rows, shared, ends):
                     drawn = decoder.rollouts([(row.place[0], row.ids, row.logp) for row in done])
@@ -194,12 +200,16 @@ class HFSampler:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([drawing]),
+            logits_processor=LogitsProcessorList([*self._before_drawing(mask.to(device)), drawing]),
             stopping_criteria=StoppingCriteriaList([_Thinned(batch, ends, ids.shape[1], device)]),
         )
         drawn = sequences[:, ids.shape[1] :].cpu().numpy()
         logp = torch.stack(drawing.logp, dim=1).cpu().numpy()
         _append(batch, drawn, logp, ends)
+
+    def _before_drawing(self, mask: Tensor) -> list[LogitsProcessor]:
+        """What changes the logits [B, V] of a batch before they are drawn from; `mask` [B, L] of its prefixes."""
+        return []
 
     def _pad(self, ends: frozenset[int]) -> int:
         """Any id will do: padding is masked, and what follows an end token is cut off."""
@@ -273,7 +283,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _for_sampling(model: nn.Module) -> Iterator[None]:
+def for_sampling(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, plain attention, no defaults of the model's own; all put back."""
     inner = language_model(model)
     flags = [(module, module.training) for module in model.modules()]
