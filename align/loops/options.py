@@ -54,6 +54,13 @@ class Loop:
         None,
         doc="shares of the pairs of one, two, ... rounds before that are trained on too, a list; null: the preset's",
     )
+    base: str | None = option(
+        None, doc="what the initial model was trained from: the reference of implicit rewards; null: the initial model"
+    )
+    consistency: Literal["avg", "dyn"] | None = option(
+        None,
+        doc="labels trusted as far as two iterates rank alike: one number a round, or a prompt; null: the preset's",
+    )
     extrapolate: float = option(
         0.0,
         at_least=0,
@@ -61,6 +68,6 @@ class Loop:
         doc="alpha of accelerated preference optimisation: weights + alpha * (weights - those of the round before)",
     )
     max_kl: float | None = option(None, above=0, doc="KL to the initial model, in nats, at which the loop stops")
-    seed: int = option(0, at_least=0, doc="of prompts, draws and the order of training")
+    seed: int = option(0, at_least=0, doc="of which prompts, and which pairs of earlier rounds, are taken")
     evaluation: Evaluation | None = field(default=None)
     accept: Accept | None = field(default=None)

@@ -23,12 +23,12 @@ class Preset:
         sample: candidates of a prompt: `n`, `temperature`, `top_p`, ...
         pairs: the rule that makes rows to train on of judged candidates.
         method: `name` and options of the training.
-        loop: defaults of the `loop` section: `rounds`, `take`, `reference`, `earlier`.
-        feedback: entries of `feedback` where the recipe has none; empty: the recipe must bring its own.
+        loop: defaults of the `loop` section: `rounds`, `take`, `reference`, `earlier`, `consistency`.
+        feedback: entries of `feedback` where the recipe has none; empty: the recipe must bring its own. A model called
+            `policy`, `before`, `initial` or `base` is the round's: who samples, the iterate before it, what the loop
+            started from, and what that was trained from.
         wants: what the feedback must give: `reward` or `preference`; `none`: labels by construction.
-        asks: options of `loop` that have no default on purpose.
-        consistency: trust in the labels of a round, by the agreement of two rankings of its candidates (CREAM): of the
-            whole round (`avg`) or prompt by prompt (`dyn`).
+        asks: options of `loop` that have no default on purpose -> what to choose by.
     """
 
     id: ClassVar[str] = ""
@@ -40,7 +40,6 @@ class Preset:
     feedback: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     wants: ClassVar[Wants] = "reward"
     asks: ClassVar[Mapping[str, str]] = {}
-    consistency: ClassVar[Literal["avg", "dyn"] | None] = None
 
 
 def loop(id_: str, *, paper: str = "") -> Callable[[P], P]:

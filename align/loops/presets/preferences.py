@@ -39,7 +39,7 @@ class SPPO(Preset):
     """
 
     sample: ClassVar[Mapping[str, Any]] = {"n": 5, "temperature": 0.7, "top_p": 0.9}
-    pairs: ClassVar[Mapping[str, Any]] = {"rule": "best_worst"}
+    pairs: ClassVar[Mapping[str, Any]] = {"rule": "best_worst", "reward": "win_rate"}
     method: ClassVar[Mapping[str, Any]] = {"name": "sppo"}
     loop: ClassVar[Mapping[str, Any]] = {"rounds": 3, "take": "disjoint", "reference": "previous"}
     wants = "preference"
@@ -67,13 +67,19 @@ class INPO(Preset):
 class DNOPrct(Preset):
     """Direct Nash optimisation, practical form: clear pairs of a judge with points, and some of the rounds before.
 
-    Five samples at temperature 0.7 and top-p 0.95, and the stored answer of a teacher where the rows have one; points 0
-    to 6, a gap of two points between the answers; 30 % of the pairs of the round before and 15 % of those before
-    that. Source: arXiv 2404.03715.
+    Five samples at temperature 0.7 and top-p 0.95, and the stored answer of a teacher where the rows have one. The
+    judge gives 0 to 6 points; a chosen answer has at least 5, and 2 more than the rejected one, or 1 more where the
+    policy wrote it. 30 % of the pairs of the round before and 15 % of those before that are trained on too. Source:
+    arXiv 2404.03715.
     """
 
-    sample: ClassVar[Mapping[str, Any]] = {"n": 5, "temperature": 0.7, "top_p": 0.95}
-    pairs: ClassVar[Mapping[str, Any]] = {"rule": "margin", "margin": 2.0}
+    sample: ClassVar[Mapping[str, Any]] = {"n": 5, "temperature": 0.7, "top_p": 0.95, "data_answers": True}
+    pairs: ClassVar[Mapping[str, Any]] = {
+        "rule": "margin",
+        "margin": 2.0,
+        "own_margin": 1.0,
+        "least_score": 5.0,
+    }
     method: ClassVar[Mapping[str, Any]] = {"name": "dno_prct"}
     loop: ClassVar[Mapping[str, Any]] = {
         "rounds": 3,
