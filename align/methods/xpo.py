@@ -55,17 +55,20 @@ class XPO(Method):
 def _explored(pairs: Pairs) -> Tensor:
     """log pi(y~) of each pair's answer of the reference, [P]; 0 where it was cut."""
     chosen, rejected = _by_reference(pairs.chosen), _by_reference(pairs.rejected)
-    if not (chosen != rejected).all():
+    if len(chosen) != len(pairs) or chosen != [not one for one in rejected]:
         raise ConfigError(
             f"method `xpo`: not every pair has one answer whose role is `{REFERENCE}`",
             why="the bonus is on the reference's answer, and nothing else tells which one that is",
             mend="sample one answer of each, or use `online_dpo`",
         )
-    explored = torch.where(chosen, pairs.chosen.sum_logp, pairs.rejected.sum_logp)
-    return explored * torch.where(chosen, pairs.chosen.finished, pairs.rejected.finished)
+    return _bonus(pairs.chosen, chosen) + _bonus(pairs.rejected, rejected)
 
 
-def _by_reference(completions: Completions) -> Tensor:
-    """Whether the reference wrote it, bool [N]."""
-    roles = completions.role or ("",) * len(completions)
-    return torch.tensor([role == REFERENCE for role in roles], dtype=torch.bool, device=completions.mask.device)
+def _by_reference(completions: Completions) -> list[bool]:
+    return [role == REFERENCE for role in completions.role]
+
+
+def _bonus(completions: Completions, by_reference: list[bool]) -> Tensor:
+    """Its log-prob where the reference wrote it to the end, else 0, [N]."""
+    whole = completions.finished & torch.tensor(by_reference, device=completions.finished.device)
+    return torch.where(whole, completions.sum_logp, 0.0)

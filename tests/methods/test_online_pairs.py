@@ -529,6 +529,10 @@ class TestINPO:
             gaps.append(float(terms("inpo", {"eta": eta, "tau": tau}, pairs=rows).total()) - regression)
         assert gaps == pytest.approx([gaps[0]] * 3, abs=1e-10)
 
+    def test_eta_zero_is_outside_its_range(self) -> None:
+        with pytest.raises(ConfigError, match=r"`eta` is 0(\.0)?, outside its range"):
+            make_method("inpo", {"eta": 0.0, "tau": 0.0})
+
     def test_tau_at_eta_is_refused_and_says_why(self) -> None:
         with pytest.raises(ConfigError, match="weight 1 - tau / eta of the previous iterate would be <= 0") as caught:
             make_method("inpo", {"eta": 0.01, "tau": 0.01})
@@ -555,6 +559,11 @@ class TestDNO:
         for side in (-0.01, 0.0, 0.01):
             chosen, _ = slope("dno", {"eta": 0.5}, pair_at(0.9 / 0.5 + side, margin=0.9))
             assert np.sign(round(chosen, 12)) == np.sign(side)
+
+    def test_ties_are_read(self) -> None:
+        """Equal rewards pull the two answers together, where the others leave ties out."""
+        assert "ties" in make_method("dno").requires() and "ties" not in make_method("dno_prct").requires()
+        assert slope("dno", {"eta": 0.5}, pair_at(1.0, margin=0.0))[0] > 0.05
 
     def test_the_minimiser_is_the_tilted_previous_iterate(self) -> None:
         """eta is a temperature."""

@@ -79,7 +79,7 @@ def test_a_method_declares_what_its_loop_reads(name: str) -> None:
         assert read <= made.reads(), label
         needs |= read
     assert needs <= cls.needs | cls.takes
-    assert (cls.needs | cls.takes) - needs <= {"ties", "scored_prompts"}
+    assert (cls.needs | cls.takes) - needs <= {"ties", "scored_prompts", "role"}
 
 
 @pytest.mark.parametrize("name", METHODS.entries())
