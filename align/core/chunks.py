@@ -146,7 +146,8 @@ class Numbered(ABC):
         return found if isinstance(found, dict) else {}
 
     def _other(self, found: Mapping[str, Any]) -> CheckpointError:
-        pairs = {name: (found.get(name), self.key.get(name)) for name in {**found, **self.key}}
+        before, now = _flat(found), _flat(self.key)
+        pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
         changes = [f"`{name}` was {_short(a)}, is {_short(b)}" for name, (a, b) in pairs.items() if a != b]
         return CheckpointError(
             "the work that was begun here is of other settings",
@@ -223,6 +224,15 @@ def _line(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold
         return (json.dumps(row) + "\n").encode()
+
+
+def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in key.items():
+        below = _flat(value) if isinstance(value, dict) else {}
+        flat |= {f"{name}.{inner}": one for inner, one in below.items()} if below else {name: value}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -126,6 +126,11 @@ class Artefact(Numbered):
         write_manifest(self.folder, whole)
         return whole
 
+    def reopen(self, chunk: int) -> None:
+        """Throw a finished chunk away, and the manifest with it: the artefact is not finished before that is done."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        self._file(chunk).unlink(missing_ok=True)
+
     def _name(self, chunk: int) -> str:
         return f"part-{chunk:06d}.parquet"
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import align
 from align.core.chunks import Numbered
-from align.core.errors import CheckpointError, ConfigError
+from align.core.errors import CheckpointError, ConfigError, DataError
 from align.core.hashing import digest
 from align.core.options import check_all, option
 from align.core.progress import Progress
@@ -33,7 +33,7 @@ from align.data.tokenise import Tokeniser
 from align.feedback.accounts import Account as Judged
 from align.feedback.accounts import apply
 from align.feedback.base import Feedback
-from align.loops.account import Account
+from align.loops.account import Account, refuse_nothing
 from align.loops.pair_rows import PairLayout, layout_of
 from align.sampling.base import Rollout, Sampler, SamplingParams
 from align.sampling.reading import Asked, PromptSet
@@ -141,45 +141,51 @@ class JudgePlan:
 
     Attributes:
         samples: folder of the samples. seed: of whatever a judge draws.
-        keys: what determines the feedback's numbers. feedbacks: makes them; called where there is something to judge.
         recipe: the `sample` section as it is now, where that should be compared with what was sampled.
     """
 
     samples: Path
-    keys: Sequence[Mapping[str, Any]]
-    feedbacks: Callable[[], Sequence[Feedback]]
+    feedbacks: Sequence[Feedback]
     seed: int = 0
     recipe: SampleSpec | None = None
 
 
-def judge_stage(plan: JudgePlan, folder: str | Path, watch: Watch, restart: bool = False) -> Account:
+def judge_stage(
+    plan: JudgePlan, folder: str | Path, watch: Watch, restart: bool = False, retry_missing: bool = False
+) -> Account:
     """Ask every feedback about every answer; an artefact of rollouts with their feedback, chunk by chunk as sampled.
 
     What a feedback does not say is missing, and counted with the reason; it costs no other row.
 
+    Args:
+        retry_missing: do chunks again of which something is missing; a feedback with a cache is asked for that alone.
+
     Raises:
         CheckpointError: there are no finished samples, or they were made by another `sample` section.
+        DataError: a feedback said nothing about any answer.
     """
     samples = Artefact.open(plan.samples, "run `align sample` first, to its end")
     _same_recipe(samples, plan.recipe)
-    key = {
-        "command": "judge",
-        "samples": samples.content,
-        "feedback": json.loads(json.dumps([dict(one) for one in plan.keys])),
-        "seed": plan.seed,
-    }
+    keys = [{"name": one.name, "gives": one.gives, **one.key} for one in plan.feedbacks]
+    key = {"command": "judge", "samples": samples.content, "feedback": _plain(keys), "seed": plan.seed}
     made = Artefact(folder, key, samples.total, samples.size, SCHEMA, restart)
-    feedbacks: Sequence[Feedback] = ()
+    if retry_missing:
+        for number in made.finished:
+            if made.account(number).get("lost"):
+                made.reopen(number)
 
     def chunk(number: int, progress: Progress) -> tuple[list[dict[str, Any]], Counts]:
-        nonlocal feedbacks
-        feedbacks = feedbacks or plan.feedbacks()
         groups = [from_row(row) for row in samples.read(number)]
-        judged, account = apply(feedbacks, groups, derive(plan.seed, "judge", number) % _SEEDS)
+        judged, account = apply(plan.feedbacks, groups, derive(plan.seed, "judge") % _SEEDS)
         progress(len(groups))
         return [to_row(group) for group in judged], _judged(account)
 
-    return _run(made, "judge", {"names": [one["name"] for one in plan.keys if "name" in one]}, 1, watch, chunk)
+    account = _run(made, "judge", {}, 1, watch, chunk)
+    for name, asked in account.of("asked").items():
+        if asked and not account.of("judged").get(name):
+            mend = "see what is wrong with it, then ask again: `align judge RECIPE --retry-missing`"
+            raise DataError(f"`{name}` judged nothing", where=account.folder, why=account.said("lost"), mend=mend)
+    return account
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +211,9 @@ def pairs_stage(plan: PairPlan, folder: str | Path, watch: Watch, restart: bool 
         CheckpointError: the stage before is not finished.
         ConfigError: the rule does not go with the feedback.
     """
-    source = Artefact.open(plan.source, "run the command before it first, to its end")
+    source = Artefact.open(plan.source, "run the command before it first, to its end: `align judge` or `align sample`")
+    if source.key["command"] == "sample":
+        _same_recipe(source, plan.recipe)
     layout = layout_of(_groups(source), plan.spec, source.key["command"] == "judge")
     key = {
         "command": "pairs",
@@ -230,7 +238,9 @@ def pairs_stage(plan: PairPlan, folder: str | Path, watch: Watch, restart: bool 
             progress(1)
         return rows, counts
 
-    return _run(made, "pairs", {"layout": layout.form}, 1, watch, chunk)
+    account = _run(made, "pairs", {"layout": layout.form}, 1, watch, chunk)
+    refuse_nothing(account, "pairs", "no prompt gives a pair", "look at the rule, or sample more answers of a prompt")
+    return account
 
 
 def _run(
@@ -331,6 +341,11 @@ def _kept(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except (TypeError, ValueError):
             unfit.append(name)
     return kept, unfit
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back; what JSON does not know as text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _judged(account: Judged) -> Counts:
