@@ -44,9 +44,11 @@ class Scored:
         def ask(missing: Sequence[int]) -> list[Judged]:
             return self.scorer.score([items[i] for i in missing], seed, progress)
 
-        keys = [_key(self.scorer, seed, self.scorer.content(item)) for item in items] if self.cache else None
+        keys = (
+            [_key(self.scorer, seed, self.scorer.content(item)) for item in items] if self.cache is not None else None
+        )
         values = _remembered(self.cache, keys, len(items), ask, progress)
-        metrics, logged = self.scorer.log.take(items) if self.scorer.log else ({}, [{}] * len(items))
+        metrics, logged = self.scorer.log.take(items) if self.scorer.log is not None else ({}, [{}] * len(items))
         found, rows = iter(values), iter(logged)
         verdicts = []
         for place, group in enumerate(groups):
@@ -137,7 +139,11 @@ class Compared:
         def ask(missing: Sequence[int]) -> list[Judged]:
             return self.comparer.compare([ordered[i] for i in missing], seed, progress)
 
-        keys = [_key(self.comparer, seed, self.comparer.content(one)) for one in ordered] if self.cache else None
+        keys = (
+            [_key(self.comparer, seed, self.comparer.content(one)) for one in ordered]
+            if self.cache is not None
+            else None
+        )
         values = _remembered(self.cache, keys, len(ordered), ask, progress)
         out: list[Judged] = [0.5] * len(matches)
         firsts = [(0.0, 0)] * len(matches)
