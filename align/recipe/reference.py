@@ -35,6 +35,24 @@ def markdown() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def collecting() -> str:
+    """A table per section of the recipe of `align sample`, `align judge` and `align pairs`."""
+    from align.feedback.spec import FeedbackSpec
+    from align.loops.opening import SamplerSpec
+    from align.loops.stages import SampleSpec
+    from align.recipe.collect import Prompts
+    from align.shaping.selection import PairSpec
+
+    parts = (
+        ("data", Prompts, "Beside `prompts`, a list of streams"),
+        ("sampler", SamplerSpec, "Optional"),
+        ("sample", SampleSpec, "Optional"),
+        ("feedback", FeedbackSpec, "A list of these"),
+        ("pairs", PairSpec, "Required by `align pairs`"),
+    )
+    return "\n\n".join(_section(name, cls, note) for name, cls, note in parts)
+
+
 def shipped_table() -> str:
     """Name and first sentence of every shipped recipe."""
     rows = [(f"`{one.name}`", _cell(one.title)) for one in library.shipped()]

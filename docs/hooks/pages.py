@@ -1,8 +1,8 @@
 """What the site takes from the code when it is built, so that it cannot say otherwise. Nothing of it is committed.
 
 A page holds a mark, alone on its line, where generated text goes: `<!-- options train -->`, `<!-- commands -->`,
-`<!-- methods -->`, `<!-- view pairs -->`, `<!-- notation -->`, `<!-- recipe options -->`. Each registered method has a
-page `methods/ID.md` made from its file.
+`<!-- methods -->`, `<!-- view pairs -->`, `<!-- notation -->`, `<!-- recipe options -->`, `<!-- collect options -->`.
+Each registered method has a page `methods/ID.md` made from its file.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def generated(kind: str, name: str | None) -> str:
         return methods.notation()
     if kind == "recipe" and name == "options":
         return importlib.import_module("align.recipe.reference").markdown()
+    if kind == "collect" and name == "options":
+        return importlib.import_module("align.recipe.reference").collecting()
     if kind == "view" and name in methods.VIEWS:
         return methods.of_view(name)
     raise PluginError(f"there is no mark `<!-- {kind}{f' {name}' if name else ''} -->`")

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import sys
 import types
 
@@ -15,12 +16,14 @@ import pytest
 import torch
 import yaml
 
+from align.cli.main import main
 from align.core.errors import AlignError
 from align.data.groups import RowId
 from align.data.prepare import open_sources
-from align.recipe import schema
-from align.testing.tiny import save_tiny
+from align.recipe import collect, schema
+from align.testing.tiny import random_pairs, save_tiny
 from tests.docs.pages import DOCS, ROOT, Block, blocks
+from tests.docs.test_commands import commands_in
 
 SMALL = {
     "model": {"name": "model"},
@@ -96,7 +99,8 @@ def test_every_recipe_on_the_pages_loads(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").touch()
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "pairs.jsonl").touch()
-    shown = [block for block in blocks("yaml") if block.title != 'title="TRL"' and "my_pkg" not in block.text]
+    others = ('title="TRL"', 'title="collect.yaml"', 'title="feedback"')
+    shown = [block for block in blocks("yaml") if block.title not in others and "my_pkg" not in block.text]
     assert len(shown) >= 6
     problems = []
     for block in shown:
@@ -105,6 +109,39 @@ def test_every_recipe_on_the_pages_loads(tmp_path, monkeypatch):
         except AlignError as error:
             problems.append(f"{block.where}: {error}")
     assert not problems, "\n".join(problems)
+
+
+def test_the_recipe_for_collecting_pairs_and_its_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """With a tiny model in place of the trained one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save_tiny(tmp_path / "runs" / "sft" / "policy")
+    page = [*blocks("yaml", "commands/sample.md"), *blocks("python", "commands/sample.md")]
+    for block in page:
+        name = block.title.removeprefix('title="').removesuffix('"')
+        text = block.text.replace("max_new_tokens: 128", "max_new_tokens: 8")
+        (tmp_path / name).write_text(text)
+    assert {file.name for file in tmp_path.iterdir()} == {"runs", "collect.yaml", "my_rewards.py"}
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in random_pairs(5)))
+    lines = [
+        *blocks("sh", "commands/sample.md"),
+        *blocks("sh", "commands/judge.md"),
+        *blocks("sh", "commands/pairs.md"),
+    ]
+    seen = 0
+    for block in lines:
+        for command in commands_in(block.text):
+            assert main(shlex.split(command)[1:]) == 0, (block.where, command, capsys.readouterr().err)
+            seen += 1
+    assert seen == 9
+    (kept,) = blocks("yaml", "commands/pairs.md")
+    (opened,) = open_sources(yaml.safe_load(kept.text)["data"]["train"], "pairs")
+    told = json.loads((tmp_path / "runs" / "first" / "pairs" / "manifest.json").read_text())["info"]["counts"]
+    assert len(opened.source) == told["pairs"]["pairs"] > 0
+    (feedback,) = blocks("yaml", "commands/judge.md")
+    (tmp_path / "two.yaml").write_text((tmp_path / "collect.yaml").read_text().partition("feedback")[0] + feedback.text)
+    (tmp_path / "two.yaml").write_text((tmp_path / "two.yaml").read_text() + "output_dir: runs/third\n")
+    assert [one.kind for one in collect.read("two.yaml", "judge").feedback] == ["function", "judge"]
 
 
 def test_python_on_the_pages_compiles_and_its_names_exist():
@@ -173,8 +210,6 @@ def test_the_tables_for_trl_users_name_every_key_of_the_installed_trl():
 
 
 def test_the_trl_file_on_the_page_becomes_the_recipe_on_the_page(tmp_path, monkeypatch):
-    from align.cli.main import main
-
     monkeypatch.chdir(tmp_path)
     theirs, ours = blocks("yaml", "from_trl.md")
     (tmp_path / "trl.yaml").write_text(theirs.text)

@@ -14,7 +14,7 @@ import pytest
 from align.cli.data import options_behind
 from align.cli.main import COMMANDS, parser
 from align.core.errors import AlignError
-from align.recipe import library, schema
+from align.recipe import collect, library, schema
 from tests.docs.pages import DOCS, ROOT, blocks
 
 _ACCELERATE = re.compile(r"^accelerate launch (?:.* )?-m align ")
@@ -67,6 +67,8 @@ def _problem_behind(name: str, options: argparse.Namespace) -> str:
         overrides = options_behind(options, add)
     if name == "data":
         return "" if options.what == "index" or all("=" in word for word in overrides) else f"{overrides}"
+    if name in collect.FOLDERS:
+        return _problem_of_collecting(name, overrides)
     if overrides:
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.yaml"
@@ -76,6 +78,17 @@ def _problem_behind(name: str, options: argparse.Namespace) -> str:
                 "train: {output_dir: out}\n"
             )
             schema.load(recipe, overrides)
+    return ""
+
+
+def _problem_of_collecting(name: str, overrides: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(
+            "model: {name: some/model}\ndata: {prompts: [rows.jsonl]}\nfeedback: [{name: my:reward}]\n"
+            "pairs: {rule: best_worst}\noutput_dir: out\n"
+        )
+        collect.read(recipe, name, overrides)
     return ""
 
 
