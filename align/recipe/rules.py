@@ -328,6 +328,8 @@ def to_plain(recipe: Recipe, uses: Uses) -> dict[str, Any]:
                 {name: value for name, value in stream.items() if name != "where" and value is not None}
                 for stream in plain["data"][key]
             ]
+    judges = plain.get("feedback") or ()
+    plain["feedback"] = [{name: value for name, value in one.items() if value is not None} for one in judges]
     return {section: values for section, values in plain.items() if values}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.core.errors import AlignError, ConfigError
 from align.core.registry import METHODS
+from align.feedback import FeedbackContext, open_feedback
 from align.recipe import provenance, rules
 from align.recipe.sections import Model, Peft, Recipe, Rollout, Sampler, Stream
 
@@ -57,7 +58,8 @@ def build(recipe: Recipe, method: Any, *, model: Any = None, train: Any = None) 
     }
     if method.rollouts() is None:
         return PreferenceTrainer(**given)
-    judges = [(one, open_judge(one, recipe)) for one in recipe.feedback]
+    context = FeedbackContext(folder=Path.cwd())
+    judges = [(one, open_feedback(one, context)) for one in recipe.feedback]
     return OnlineTrainer(
         **given,
         feedback=[judge for one, judge in judges if not one.held_out],
@@ -153,14 +155,9 @@ def _renamed(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def open_judge(judging: Any, recipe: Recipe) -> Any:
-    """The feedback that a recipe names."""
-    raise NotImplementedError
-
-
 def reward_weights(recipe: Recipe) -> dict[str, float]:
     """The weight of each reward that is trained on, by name."""
-    return {one.name: one.weight for one in recipe.feedback if not one.held_out}
+    return {one.name: one.weight for one in recipe.feedback if not one.held_out and one.weight != 1}
 
 
 def _online(recipe: Recipe) -> dict[str, Any]:

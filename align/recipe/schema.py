@@ -10,12 +10,12 @@ from typing import Any, get_args
 from align.core.errors import AlignError, ConfigError, ErrorList, raise_all, suggestion
 from align.core.options import Range, check_value, declared
 from align.core.registry import METHODS
+from align.feedback.spec import FeedbackSpec
 from align.recipe import extends, rules
 from align.recipe.document import Item
 from align.recipe.sections import (
     Data,
     Eval,
-    Judging,
     MethodChoice,
     Model,
     Peft,
@@ -29,6 +29,7 @@ from align.recipe.sections import (
     Stream,
     Train,
 )
+from align.trainers.health import HealthOptions
 
 _PLAIN: dict[str, type] = {
     "reference": Reference,
@@ -37,6 +38,7 @@ _PLAIN: dict[str, type] = {
     "rounds": Rounds,
     "rollout": Rollout,
     "sampler": Sampler,
+    "health": HealthOptions,
     "provenance": Provenance,
 }
 _REQUIRED = ("model", "method", "data", "train")
@@ -152,14 +154,24 @@ class _Reader:
                 extra[key] = self.streams(streams, f"data.{key}")
         return self.section(Data, "data", item, extra, also=STREAMS)
 
-    def feedback(self, item: Item) -> tuple[Judging, ...] | None:
+    def feedback(self, item: Item) -> tuple[FeedbackSpec, ...] | None:
         """Judges: a list of sections, or one."""
         entries = item.value if isinstance(item.value, list) else [item]
         if not entries:
             self.fault("`feedback` is empty", item, "name a reward function, a reward model or a judge")
-        found = [self.section(Judging, f"feedback.{number}", entry) for number, entry in enumerate(entries)]
+        found = [self._judge(f"feedback.{number}", entry) for number, entry in enumerate(entries)]
         self.given["feedback"] = item.where
-        return None if not found or None in found else tuple(found)
+        judges = tuple(one for one in found if one is not None)
+        return judges if judges and len(judges) == len(found) else None
+
+    def _judge(self, owner: str, entry: Item) -> FeedbackSpec | None:
+        try:
+            made: FeedbackSpec | None = self.section(FeedbackSpec, owner, entry)
+            return made
+        except ConfigError as error:  # of options that do not go together
+            for one in error.errors if isinstance(error, ErrorList) else (error,):
+                self.errors.append(ConfigError(one.what, where=entry.where, why=one.why, mend=one.mend))
+            return None
 
     def shaping(self, item: Item) -> tuple[Mapping[str, Any], ...] | None:
         """Stages of shaping: `{name: overlong, ...}` each, or a name alone."""

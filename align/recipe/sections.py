@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from align.core.options import option
+from align.feedback.spec import FeedbackSpec
+from align.trainers.health import HealthOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,16 +203,6 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging:
-    """One who judges."""
-
-    kind: Literal["function"] = option("function", doc="what judges")
-    name: str = option(doc="`my_file:my_reward`")
-    weight: float = option(1.0, doc="of its rewards in their sum")
-    held_out: bool = option(False, doc="asked at evaluations alone")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where the numbers of a recipe come from. Read by people."""
 
@@ -241,6 +233,6 @@ class Recipe:
     rounds: Rounds | None = None
     rollout: Rollout | None = None
     sampler: Sampler | None = None
-    feedback: tuple[Judging, ...] = ()
+    feedback: tuple[FeedbackSpec, ...] = ()
     shaping: tuple[Mapping[str, Any], ...] = ()
-    health: Any = None
+    health: HealthOptions | None = None

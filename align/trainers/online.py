@@ -225,13 +225,15 @@ class OnlineTrainer(PreferenceTrainer):
         with torch.no_grad():
             found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
         tables = {rollouts.OLD: found["logp"].double().cpu().numpy()}
+        said = mismatch(groups, tables[rollouts.OLD])
+        told: dict[str, float] = {}
         if rollouts.REF in found:
             tables[rollouts.REF] = found[rollouts.REF].double().cpu().numpy()
-        said = mismatch(groups, tables[rollouts.OLD])
+            told["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
         if not self._parity_told:
             self._parity_told = True
             self.samplers(engine).tell_parity(said)
-        return (rollouts.with_columns(groups, tables) if reads else groups), said
+        return (rollouts.with_columns(groups, tables) if reads else groups), said | told
 
     def _more_prompts(self, count: int, seed: int) -> list[TokenGroup]:
         dataset = self.data.train.dataset
