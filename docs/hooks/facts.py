@@ -25,7 +25,7 @@ Row = dict[str, Any]
 FEEDBACK = {"label", "reward", "scores", "probability", "margin", "ties"}
 """Needs that say what the rows tell of the answers, and are no cost to anyone."""
 _OF_REFERENCE = {"ref_logp", "kl_ref_policy", "kl_policy_ref", "cross_entropy"}
-_MADE = {"key", "finished"}
+_MADE = {"key", "finished", "advantage", "old_logp", "sampler_logp"}
 """Needs that the trainer meets by itself."""
 _SIZES = (1e4, 1e6)
 _EQUAL = 1e-9

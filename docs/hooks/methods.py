@@ -55,6 +55,9 @@ _NEEDS = {
     "cross_entropy": "cross-entropy to the reference over the vocabulary at each token",
     "log_sum_sq": "log of the sum of squared probabilities over the vocabulary at each token",
     "log_max": "the largest log-probability at each token",
+    "advantage": "what shaping made of the rewards, at each token of a rollout",
+    "old_logp": "log-probabilities of the policy that the step, or the batch of rollouts, began with",
+    "sampler_logp": "the sampler's own log-probabilities",
     "logit": "the logit of each token",
     "logsumexp": "the log-sum-exp of the logits at each token",
 }
