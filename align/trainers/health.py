@@ -233,20 +233,23 @@ class Health:
         self.trained |= {name.removeprefix(TRAINED) for name in metrics if name.startswith(TRAINED)}
         if PROXY in metrics:
             for name in metrics:
-                judge = name.removeprefix(JUDGES)
-                if name.startswith(JUDGES) and judge not in self.trained:
-                    self.judged.setdefault(judge, []).append([metrics[PROXY], metrics[name]])
-                    fresh.add(JUDGES + judge)
+                if name.startswith(JUDGES):
+                    self.judged.setdefault(name.removeprefix(JUDGES), []).append([metrics[PROXY], metrics[name]])
+                    fresh.add(name)
         return fresh
 
     def _blind(self, step: int, metrics: Mapping[str, float]) -> Iterator[Finding]:
         if self.batches != self.options.window or "rollout/length" not in metrics:
             return
         for kind, needs in _BLIND.items():
-            seen = bool(self.judged) if kind == "over_optimisation" else bool(self.series[kind].count)
+            seen = bool(self._judges()) if kind == "over_optimisation" else bool(self.series[kind].count)
             if self.options.level(kind) == "stop" and not seen:
                 sentence = f"step {step}: `{kind}` is set to stop and has seen nothing so far: it needs {needs}"
                 yield Finding(kind, "warn", sentence)
+
+    def _judges(self) -> list[str]:
+        """Names that evaluations have and training has not. Before the first batch nobody knows which these are."""
+        return sorted(set(self.judged) - self.trained) if self.trained else []
 
     # -- what it says -------------------------------------------------------------------------------------------------
 
@@ -254,7 +257,7 @@ class Health:
         for name, (kind, read) in _MONITORS.items():
             if name in fresh:
                 yield name, kind, read(self.series[name], self.options)
-        for name in sorted(self.judged):
+        for name in self._judges():
             if JUDGES + name in fresh:
                 reading = over_optimisation(name, self.judged[name], self.options)
                 yield JUDGES + name, "over_optimisation", reading
