@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": "draw answers to a recipe's prompts, to be judged",
     "judge": "ask rewards, models or judges about sampled answers",
     "pairs": "make preference pairs of judged answers by a rule",
+    "loop": "rounds: sample, judge, pair, train, evaluate",
     "chat": "talk to a model, before and after side by side",
     "evaluate": "win rate, gold reward and KL, with intervals",
     "merge": "merge an adapter into a plain model folder",

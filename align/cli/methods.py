@@ -8,9 +8,9 @@ import sys
 import textwrap
 
 from align.cli.console import print_json
-from align.core.registry import METHODS, WORLDS, Entry, Explained, Registry
+from align.core.registry import LOOPS, METHODS, WORLDS, Entry, Explained, Registry
 
-_REGISTRIES: tuple[Registry, ...] = (METHODS, WORLDS)
+_REGISTRIES: tuple[Registry, ...] = (METHODS, WORLDS, LOOPS)
 _EXAMPLES = """examples:
   align methods
   align methods dpo kto

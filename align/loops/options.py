@@ -38,7 +38,7 @@ class Accept:
 class Loop:
     """Rounds of sampling, judging, pairing, training and evaluation. What is null is the preset's."""
 
-    preset: str = option(doc="which loop: `align loop --list` names them")
+    preset: str = option(doc="which loop: `align methods --kind loop` lists them")
     rounds: int | None = option(None, at_least=1, doc="rounds at most; null: the preset's")
     prompts: int | None = option(
         None, at_least=1, doc="prompts of a round; null: all of them, or with `disjoint` an equal share"

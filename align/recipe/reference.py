@@ -53,6 +53,18 @@ def collecting() -> str:
     return "\n\n".join(_section(name, cls, note) for name, cls, note in parts)
 
 
+def looping() -> str:
+    """A table per part of the section `loop`."""
+    from align.loops.options import Accept, Evaluation, Loop
+
+    parts = (
+        ("loop", Loop, "Or the name of a preset alone"),
+        ("loop.evaluation", Evaluation, "Optional: without it nothing is measured"),
+        ("loop.accept", Accept, "Optional: without it every round is taken"),
+    )
+    return "\n\n".join(_section(name, cls, note) for name, cls, note in parts)
+
+
 def shipped_table() -> str:
     """Name and first sentence of every shipped recipe."""
     rows = [(f"`{one.name}`", _cell(one.title)) for one in library.shipped()]

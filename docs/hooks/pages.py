@@ -1,7 +1,8 @@
 """What the site takes from the code when it is built, so that it cannot say otherwise. Nothing of it is committed.
 
 A page holds a mark, alone on its line, where generated text goes: `<!-- options train -->`, `<!-- commands -->`,
-`<!-- methods -->`, `<!-- view pairs -->`, `<!-- notation -->`, `<!-- recipe options -->`, `<!-- collect options -->`.
+`<!-- methods -->`, `<!-- view pairs -->`, `<!-- notation -->`, `<!-- recipe options -->`, `<!-- collect options -->`,
+`<!-- loop options -->`, `<!-- loops -->`.
 Each registered method has a page `methods/ID.md` made from its file.
 """
 
@@ -18,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 from align.cli.main import COMMANDS
 from align.core.registry import METHODS
-from docs.hooks import methods
+from docs.hooks import loops, methods
 from docs.hooks.text import code, escape, table
 
 EACH_METHOD = "methods/*"
@@ -63,6 +64,10 @@ def generated(kind: str, name: str | None) -> str:
         return importlib.import_module("align.recipe.reference").markdown()
     if kind == "collect" and name == "options":
         return importlib.import_module("align.recipe.reference").collecting()
+    if kind == "loop" and name == "options":
+        return importlib.import_module("align.recipe.reference").looping()
+    if kind == "loops" and name is None:
+        return loops.table_of_presets()
     if kind == "view" and name in methods.VIEWS:
         return methods.of_view(name)
     raise PluginError(f"there is no mark `<!-- {kind}{f' {name}' if name else ''} -->`")
