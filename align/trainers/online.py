@@ -226,6 +226,8 @@ class OnlineTrainer(PreferenceTrainer):
             found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
         tables = {rollouts.OLD: found["logp"].double().cpu().numpy()}
         said = mismatch(groups, tables[rollouts.OLD])
+        if rollouts.REF in tables:
+            said["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
         told: dict[str, float] = {}
         if rollouts.REF in found:
             tables[rollouts.REF] = found[rollouts.REF].double().cpu().numpy()

@@ -9,6 +9,7 @@ import numpy as np
 from align.data.groups import TokenGroup
 from align.data.rollouts import RolloutGroup
 from align.trainers.rollouts import SAMPLER, reward_of
+from align.trainers.variety import distinct_share, no_spread_share, repeated_share
 
 _LONG = 7
 """Tokens of an answer that has 4-grams to repeat."""
@@ -76,6 +77,12 @@ def measured(
         values = np.array([one.rewards.get(name, np.nan) for one in answers])
         if not np.isnan(values).all():
             found[f"rollout/reward/{name}"] = float(np.nanmean(values))
+    variety = {
+        "rollout/repeated": repeated_share(groups),
+        "rollout/distinct": distinct_share(groups),
+        "rollout/no_spread": no_spread_share(groups, weights),
+    }
+    found |= {name: value for name, value in variety.items() if not np.isnan(value)}
     sampled = [one.logp for one in answers if one.logp is not None]
     if sampled:
         found["rollout/entropy"] = float(-np.concatenate(sampled).mean())
