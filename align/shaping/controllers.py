@@ -10,8 +10,6 @@ import numpy as np
 from align.core.options import option
 from align.shaping.base import Batch, ShapingStage
 
-STATE = "kl_beta"
-"""Name of the state that holds the present weight."""
 STEP = 0.2
 """The largest relative error that one update sees."""
 
@@ -40,8 +38,13 @@ class KLStage(ShapingStage):
     def needs_reference(self) -> bool:
         return self.beta > 0
 
+    @property
+    def state_name(self) -> str:
+        """Of the state that holds the present beta; each kind of stage has its own."""
+        return f"{self.id}.beta"
+
     def present_beta(self, state: Mapping[str, np.ndarray]) -> float:
-        return float(state.get(STATE, self.beta)) if self.target is not None else self.beta
+        return float(state.get(self.state_name, self.beta)) if self.target is not None else self.beta
 
     def charged(self, batch: Batch) -> tuple[Batch, np.ndarray]:
         """The batch with its metrics and the next state, and the price of each token, float64 [N, T], 0 if unscored."""
@@ -53,5 +56,5 @@ class KLStage(ShapingStage):
         made = batch.with_metrics(kl=kl, kl_beta=beta)
         if self.target is not None:
             after = adapted(beta, kl, self.target, len(ratio) / self.horizon)
-            made = replace(made, state={**made.state, STATE: np.array(after)})
+            made = replace(made, state={**made.state, self.state_name: np.array(after)})
         return made, beta * ratio

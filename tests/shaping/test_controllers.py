@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from align.shaping import Batch, make, run
-from align.shaping.controllers import STATE, adapted
+from align.shaping.controllers import adapted
 from tests.shaping.batches import batch
+
+KEY = "kl_in_reward.beta"
 
 
 def rollouts(kl: float, state: dict[str, Any] | None = None) -> Batch:
@@ -33,7 +35,7 @@ def test_beta_is_the_states_and_moves_for_the_next_step(id_: str) -> None:
     stage = make(id_, {"beta": 0.1, "target": 2.0, "horizon": 8})
     first = stage(rollouts(2.2))
     assert first.metrics["kl_beta"] == 0.1 and first.metrics["kl"] == pytest.approx(2.2)
-    assert float(first.state[STATE]) == pytest.approx(0.1 * (1 + 0.1 * 4 / 8))
+    assert float(first.state[f"{id_}.beta"]) == pytest.approx(0.1 * (1 + 0.1 * 4 / 8))
     second = stage(rollouts(2.2, dict(first.state)))
     assert second.metrics["kl_beta"] == pytest.approx(0.105)
     charged = rollouts(2.2)
@@ -44,9 +46,9 @@ def test_beta_is_the_states_and_moves_for_the_next_step(id_: str) -> None:
 
 
 def test_a_fixed_beta_has_no_state() -> None:
-    found = make("kl_in_reward", {"beta": 0.1})(rollouts(5.0, {STATE: 0.7}))
+    found = make("kl_in_reward", {"beta": 0.1})(rollouts(5.0, {KEY: 0.7}))
     assert found.metrics["kl_beta"] == 0.1
-    assert found.state == {STATE: np.array(0.7)}
+    assert found.state == {KEY: np.array(0.7)}
     assert make("kl_in_reward", {"beta": 0.1})(rollouts(5.0)).state == {}
 
 
@@ -54,15 +56,15 @@ def test_it_settles_where_the_kl_is_the_target() -> None:
     """A policy whose KL is 1 / beta: from either side beta ends at 1 / target."""
     stage = make("kl_in_reward", {"beta": 0.1, "target": 4.0, "horizon": 4})
     for start in (0.02, 3.0):
-        state: dict[str, Any] = {STATE: start}
+        state: dict[str, Any] = {KEY: start}
         for _ in range(200):
-            state = dict(stage(rollouts(1 / float(state[STATE]), state)).state)
-        assert float(state[STATE]) == pytest.approx(0.25, rel=1e-6)
+            state = dict(stage(rollouts(1 / float(state[KEY]), state)).state)
+        assert float(state[KEY]) == pytest.approx(0.25, rel=1e-6)
 
 
 def test_states_of_others_are_carried_on() -> None:
     stage = make("kl_in_reward", {"beta": 0.1, "target": 4.0})
     made = replace(rollouts(1.0), state={"other": np.arange(3.0)})
     found = run([stage, make("leave_one_out", {})], made)
-    assert set(found.state) == {"other", STATE}
-    assert float(found.state[STATE]) < 0.1
+    assert set(found.state) == {"other", KEY}
+    assert float(found.state[KEY]) < 0.1

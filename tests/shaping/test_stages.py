@@ -314,10 +314,10 @@ def test_importing_the_stages_imports_no_torch() -> None:
 
 
 def test_a_stage_leaves_its_input_as_it_was(stage: Any) -> None:
-    made = replace(random_batch(0), state={"kl_beta": np.array(0.3)})
+    made = replace(random_batch(0), state={"kl_in_reward.beta": np.array(0.3)})
     before = {one.name: np.copy(getattr(made, one.name)) for one in fields(made)[:8]}
     stage(made)
-    assert made.state == {"kl_beta": np.array(0.3)} and made.metrics == {}
+    assert made.state == {"kl_in_reward.beta": np.array(0.3)} and made.metrics == {}
     for name, array in before.items():
         np.testing.assert_array_equal(getattr(made, name), array)
 
