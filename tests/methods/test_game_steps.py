@@ -17,6 +17,7 @@ from torch import Tensor
 from align.core.errors import ConfigError, TrainingError
 from align.evaluate import games
 from align.methods.evaluate import make_method
+from align.scoring.views import Pairs
 from align.testing.game import (
     answers,
     as_logits,
@@ -31,6 +32,7 @@ from align.testing.game import (
     pairs_of,
     stationary,
 )
+from align.testing.token_tree import mean_one
 
 GAME = games.twist()
 P, REF = GAME.P, GAME.ref
@@ -436,6 +438,28 @@ def test_what_the_kl_of_grpo_descends(estimator: str, reverse: float, forward: f
     found = gradient("grpo", options, live(make_method("grpo", options), P, {"ref": base}, np.ones(4)), PI)
     expected = 0.5 * (reverse * softmax_gradient(PI, np.log(PI / base)) + forward * (PI - base))
     assert np.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_live_term_of_hypo_descends_the_reverse_kl(count: int) -> None:
+    base = random_policy(7)
+    drawn = torch.cartesian_prod(*[torch.arange(4)] * count)
+    weight = mean_one(torch.from_numpy(PI)[drawn].prod(1))
+
+    def view(logits: Tensor) -> Pairs:
+        everything = answers(logits, {"ref": base})
+        same = everything.select(torch.zeros(len(drawn), dtype=torch.long))
+        return Pairs(
+            chosen=same,
+            rejected=same,
+            probability=torch.ones_like(weight),
+            weight=weight,
+            samples=everything.select(drawn.reshape(-1)),
+            sample_pair=torch.arange(len(drawn)).repeat_interleave(count),
+        )
+
+    found = gradient("hypo", {"lambda": 0.3, "live": count}, view, PI)
+    assert np.allclose(found, 0.3 * softmax_gradient(PI, np.log(PI / base)), atol=1e-12)
 
 
 # Consistency
