@@ -28,7 +28,7 @@ CLEARED = 0.9
 """An episode is over at this share of the limit."""
 ESS_AT_LEAST = 3
 """Batches before the effective sample size is judged: of one batch it is a draw itself."""
-EVALUATIONS_AT_LEAST = 4
+EVALUATIONS_AT_LEAST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class HealthOptions:
     checkpoint); what follows a monitor's name belongs to it and is refused where it is off."""
 
     over_optimisation: Level = option("warn", doc="the trained reward rises while a held-out judge or gold falls")
-    judge_fall: float = option(4.0, above=0, doc="standard errors that a held-out judge may fall from its best")
+    judge_fall: float = option(5.0, above=0, doc="standard errors that a held-out judge may fall from its best")
     length: Level = option("warn", doc="answers grow or shrink")
     length_factor: float = option(2.0, above=1, doc="times longer or shorter than at the start")
     repetition: Level = option("warn", doc="answers repeat themselves, or each other")
@@ -294,8 +294,12 @@ def over_optimisation(judge: str, pairs: list[list[float]], options: HealthOptio
 
 
 def _noise(values: np.ndarray) -> float:
-    second = np.abs(values[2:] - 2 * values[1:-1] + values[:-2])
-    return max(float(np.median(second)) / (0.6745 * math.sqrt(6)), float(np.ptp(values)) / 200)
+    """The standard deviation of one evaluation."""
+    second = np.abs(np.diff(values, 2))
+    # A mean over few is often too small, and the best of several means is high by luck: 1 + 4 / n holds the false
+    # alarms of 40 evaluations of a constant judge at about one run in a hundred.
+    error = float(second.mean()) * math.sqrt(math.pi / 12) * (1 + 4 / len(second))
+    return max(error, float(np.ptp(values)) / 200)
 
 
 def _length(series: Series, options: HealthOptions) -> Reading:
