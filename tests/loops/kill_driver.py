@@ -5,13 +5,15 @@ Run as a script: it imports torch once and forks, so a run costs its work and no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections import Counter
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -23,17 +25,44 @@ from align.cli.main import main as align  # noqa: E402
 from align.data.artefacts import Artefact  # noqa: E402
 from align.testing.tiny import random_pairs, save_tiny  # noqa: E402
 
-PROMPTS, CHUNK, N = 24, 2, 2
+CHUNK, N = 2, 2
 FOLDERS = {"sample": "samples", "judge": "judged"}
-_JUDGE = """
-import time
 
-def slow(prompts, completions, asked, **columns):
-    time.sleep(0.01)
-    with open(asked[0], "a") as file:
-        file.write(repr((prompts[0], completions[0])) + "\\n")
-    return [float(len(completions[0]))]
-"""
+
+class Judge(BaseHTTPRequestHandler):
+    """A judge that takes a moment, gives points by the text it is shown, and writes down that it was asked."""
+
+    asked: Path
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        with open(self.asked, "a") as file:
+            file.write(f"{zlib.crc32(text.encode())}\n")
+        time.sleep(0.01)
+        reply = {"role": "assistant", "content": f"So it is. Score: {zlib.crc32(text.encode()) % 6}"}
+        answer = json.dumps({"choices": [{"index": 0, "message": reply, "finish_reason": "stop"}]}).encode()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever asked was killed
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on stderr."""
+
+
+def serve(asked: Path) -> tuple[int, int]:
+    """(pid, port) of a judge in a process of its own."""
+    Judge.asked = asked
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    pid = os.fork()
+    if pid == 0:
+        server.serve_forever()
+    port = server.server_address[1]
+    server.server_close()
+    return pid, port
 
 
 def child(words: list[str], log: Path) -> int:
@@ -74,6 +103,11 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def chunks_for(kills: int) -> int:
+    """So many that the work outlasts the kills: two chunks and a moment go by between two of them."""
+    return 4 * kills + 4
+
+
 def stage(home: Path, command: str, kills: int, rng: random.Random) -> dict:
     """Kill and resume one command; what it came to."""
     recipe, folder = home / "recipe.yaml", FOLDERS[command]
@@ -81,7 +115,7 @@ def stage(home: Path, command: str, kills: int, rng: random.Random) -> dict:
     log.touch()
 
     def words(run: str) -> list[str]:
-        return [command, str(recipe), f"output_dir={home / run}", f"feedback.0.cache={home / run / 'kept'}"]
+        return [command, str(recipe), f"output_dir={home / run}"]
 
     start = time.monotonic()
     assert ended(child(words("whole"), home / f"{command}-whole.log")) == 0
@@ -93,7 +127,7 @@ def stage(home: Path, command: str, kills: int, rng: random.Random) -> dict:
         before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.glob("part-*.parquet")}
         # The first kill falls into the start, before there is anything.
         chunks = 0 if number == 0 else rng.randint(0, 2)
-        delay = rng.uniform(0, duration / (PROMPTS // CHUNK)) * (4 if number == 0 else 1)
+        delay = rng.uniform(0, duration / chunks_for(kills)) * (4 if number == 0 else 1)
         count += killed(child(words("out"), log), log, chunks, delay)
         kept.append(
             not (out / "manifest.json").exists()
@@ -118,24 +152,28 @@ def stage(home: Path, command: str, kills: int, rng: random.Random) -> dict:
 
 
 def _asked(home: Path) -> int:
-    """Judgements that were made so far."""
+    """Judgements that were asked for so far."""
     file = home / "asked.txt"
-    return sum(Counter(file.read_text().splitlines()).values()) if file.exists() else 0
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def main(home: Path, kills: int) -> None:
     rng = random.Random(0)
     save_tiny(home / "model")
-    (home / "kill_judge.py").write_text(_JUDGE)
-    sys.path.insert(0, str(home))
-    rows = [row | {"asked": str(home / "asked.txt")} for row in random_pairs(PROMPTS, seed=1)]
+    rows = random_pairs(CHUNK * chunks_for(kills), seed=1)
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge, port = serve(home / "asked.txt")
     (home / "recipe.yaml").write_text(
         f"model: {{name: {home / 'model'}}}\ndata: {{prompts: [{home / 'prompts.jsonl'}]}}\n"
         f"sampler: {{batch_size: 4}}\nsample: {{n: {N}, max_new_tokens: 32, chunk: {CHUNK}, seed: 3}}\n"
-        "feedback: [{name: kill_judge:slow, batch: 1}]\noutput_dir: none\n"
+        f"feedback: [{{kind: judge, name: far, file: points, samples: 1, url: 'http://127.0.0.1:{port}/v1', model: x, "
+        "concurrency: 1}]\noutput_dir: none\n"
     )
-    report = {command: stage(home, command, kills, rng) for command in FOLDERS}
+    try:
+        report = {command: stage(home, command, kills, rng) for command in FOLDERS}
+    finally:
+        os.kill(judge, signal.SIGTERM)
+        os.waitpid(judge, 0)
     (home / "report.json").write_text(json.dumps(report, indent=1))
 
 
