@@ -34,6 +34,11 @@ TRIED = Path(__file__).parent / "direction_tried.json"
 SEEDS = (0, 1, 2, 3, 4)
 
 
+def claiming() -> list[str]:
+    """The methods that claim something: those that sample, or that rounds feed, are compared in `bench.rollouts`."""
+    return [name for name in METHODS.entries() if METHODS.get(name).claim is not None]
+
+
 def start_of(world: str) -> Job:
     return Job(world, START)
 
@@ -120,7 +125,7 @@ def read_found(path: Path) -> dict[str, dict[str, Any]]:
 
 def wanted(only: Sequence[str]) -> tuple[list[str], list[str]]:
     """(methods, reports) to run: all, or those named."""
-    methods = [name for name in METHODS.entries() if not only or name in only]
+    methods = [name for name in claiming() if not only or name in only]
     reports = [name for name in REPORTS if not only or name in only]
     unknown = set(only) - set(methods) - set(reports)
     if unknown:
@@ -150,7 +155,7 @@ def collect(out: Path) -> dict[str, Any]:
     """The result file: claims with intervals over seeds, and reports."""
     found = {number: read_found(out / f"seed-{number}.jsonl") for number in SEEDS}
     tried = json.loads(TRIED.read_text(encoding="utf-8")) if TRIED.exists() else {}
-    methods = {name: _claimed(name, found, tried.get(name, "")) for name in METHODS.entries()}
+    methods = {name: _claimed(name, found, tried.get(name, "")) for name in claiming()}
     return {
         **provenance(),
         "seeds": list(SEEDS),

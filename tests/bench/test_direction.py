@@ -22,11 +22,13 @@ from align.worlds.style import Style
 from bench import direction
 from bench.direction_measure import measure, measured_on
 from bench.direction_reports import REPORTS, report
+from tests.kinds import ROUNDS, SAMPLES
 
-CLAIMS = {name: METHODS.get(name).claim for name in METHODS.entries()}
+CLAIMS = {name: METHODS.get(name).claim for name in direction.claiming()}
 
 
 def test_every_method_claims_something_that_can_be_measured() -> None:
+    assert set(METHODS.entries()) - set(CLAIMS) == {*SAMPLES, *ROUNDS}
     for name, claim in CLAIMS.items():
         assert claim is not None, name
         assert claim.world in WORLDS.entries() and claim.metric in METRICS
@@ -119,7 +121,7 @@ def made_up(tmp_path, gain: float, noise: float) -> None:
     """Runs of all claims and reports in which every first side has `gain` more of everything."""
     for seed in direction.SEEDS:
         lines = []
-        for name in METHODS.entries():
+        for name in direction.claiming():
             for job, more in zip(direction.jobs_of(name), (gain, 0.0), strict=True):
                 value = more + noise * (-1) ** seed * (more != 0) + seed
                 lines.append({"key": job.key, "metrics": dict.fromkeys(METRICS, value)})

@@ -13,6 +13,7 @@ from align.cli.main import main
 from align.core.registry import METHODS
 from align.recipe import library, schema
 from align.recipe.advice import LOG_RATIO_BETAS, OTHER_SCALES, Advice, Facts, advise, facts_of
+from tests.kinds import for_method
 
 BASE = """\
 model: {name: some/model}
@@ -27,7 +28,7 @@ train:
 
 def advice(tmp_path: Path, *words: str, method: str = "dpo", facts: Facts | None = None) -> list[Advice]:
     path = tmp_path / "recipe.yaml"
-    path.write_text(BASE.replace("METHOD", method))
+    path.write_text(for_method(BASE.replace("METHOD", method), method))
     recipe, given = schema.read(path, words)
     return advise(recipe, given, facts)
 

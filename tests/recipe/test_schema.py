@@ -12,6 +12,7 @@ from align.core.errors import ConfigError, ErrorList
 from align.core.registry import METHODS
 from align.recipe import rules, schema
 from align.recipe.sections import Recipe
+from tests.kinds import for_method
 
 GOOD = """\
 model:
@@ -95,7 +96,8 @@ def test_a_method_with_a_guide_asks_for_it_and_others_refuse_it(write: Write) ->
 
 @pytest.mark.parametrize("name", sorted(METHODS.entries()))
 def test_a_resolved_recipe_gives_itself(write: Write, name: str) -> None:
-    recipe = schema.load(write(GOOD.replace("{name: dpo, beta: 2e-1}", name)), guide_for(name))
+    text = for_method(GOOD.replace("{name: dpo, beta: 2e-1}", name), name)
+    recipe = schema.load(write(text), guide_for(name))
     again = schema.load(write(rules.to_yaml(recipe, uses(recipe))))
     assert rules.to_yaml(again, uses(again)) == rules.to_yaml(recipe, uses(recipe))
     assert (again.train, again.data, again.model, again.eval) == (recipe.train, recipe.data, recipe.model, recipe.eval)
@@ -105,7 +107,8 @@ def test_learning_rates_by_method_and_adapter(write: Write) -> None:
     text = GOOD.replace("  learning_rate: 1e-6\n", "")
     full = {
         name: schema.load(
-            write(text.replace("{name: dpo, beta: 2e-1}", name)), ["model.peft=null", *guide_for(name)]
+            write(for_method(text.replace("{name: dpo, beta: 2e-1}", name), name)),
+            ["model.peft=null", *guide_for(name)],
         ).train.learning_rate
         for name in METHODS.entries()
     }

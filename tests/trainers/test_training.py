@@ -19,6 +19,7 @@ from align.methods import METHODS
 from align.testing.on_model import rows_for
 from align.testing.tiny import random_pairs, save_tiny, tiny_model, tiny_tokenizer
 from align.trainers import AlignConfig, PreferenceTrainer
+from tests.kinds import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def same(a: dict, b: dict) -> bool:
 START = {"dpo": 0.693147, "tdpo": 0.693147, "kto": 0.5, "bco": 0.693147, "lipo": 0.693147}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.entries()))
+@pytest.mark.parametrize("name", sorted(ROWS))
 def test_every_method_trains_from_preferences_and_its_loss_falls(name, model, rows, tmp_path):
     # `singles` of a pair data set: chosen is desirable, rejected is not; dro_v reads the label as a 0/1 reward.
     needs = METHODS.get(name)().requires()
