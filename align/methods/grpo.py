@@ -47,8 +47,9 @@ class GRPO(Method):
       `sampler_cap` (`truncate`) or 0 above it (`mask`), by token or for the whole answer. Never on the KL.
 
     The advantage comes from shaping of the whole step's rewards: `scale`, `ddof`, `std_eps`, `dynamic_sampling`,
-    `overlong_cache`, `mask_truncated`. A group of equal rewards has advantage 0 and only the KL left. Where a step
-    trains on what its own weights sampled, the ratio is 1 and no clip acts. Source: arXiv 2402.03300, Equation 3.
+    `overlong_cache`, `mask_truncated`. A group of equal rewards has advantage 0 and only the KL left. What is left out
+    of training leaves the averages' counts too (TRL keeps it there, as 0). Where a step trains on what its own weights
+    sampled, the ratio is 1 and no clip acts. Source: arXiv 2402.03300, Equation 3.
     """
 
     formula: ClassVar[str] = (
