@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 
 from align.core.errors import CheckpointError, ConfigError, DataError
 from align.core.progress import silent
@@ -369,3 +370,23 @@ def test_greedy_answers_are_drawn_once():
     with pytest.raises(ConfigError, match="would be the same"):
         stages.SampleSpec(n=2, temperature=0.0)
     assert stages.SampleSpec(n=1, temperature=0.0).n == 1
+
+
+@pytest.mark.slow
+def test_vllm_samples_for_the_same_stage(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    shape = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_tiny(tmp_path / "model", "qwen3", **shape)
+    text = "sampler: {kind: vllm, max_model_len: 256, enforce_eager: true}\npairs: {rule: by_origin}\n"
+    path = recipe(tmp_path, tmp_path, rows_of(conversational=True), text, n=2, data_answers=True)
+    done = go(path, "sample")
+    assert done.of("answers")["sampled"] == 2 * PROMPTS and done.of("answers")["data"] == 2 * PROMPTS
+    model = load(str(tmp_path / "model")).model
+    for group in groups(tmp_path, "samples")[:2]:
+        first, second = group.answers[:2]
+        assert first.text != second.text
+        ids = torch.tensor([[*group.prompt_ids, *first.ids]])
+        logp = model(ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+        wanted = logp[range(len(first)), first.ids.tolist()].detach().numpy()
+        np.testing.assert_allclose(first.logp, wanted, atol=1e-4)
+    assert go(path, "sample").before == 3 and go(path, "pairs").of("pairs")["pairs"] == 2 * PROMPTS
