@@ -22,7 +22,7 @@ from align.methods.base import Draw, Method, Rollouts, Stage, Term, method, opti
 from align.scoring.views import Groups, wide
 
 
-@method("reinforce_pp", paper="2501.03262", view="groups", needs={"advantage", "old_logp", "sampler_logp"})
+@method("reinforce_pp", paper="2501.03262", view="groups", needs={"advantage", "old_logp", "ref_logp", "sampler_logp"})
 class ReinforcePP(Method):
     """REINFORCE++: PPO without a critic; the whole batch is the baseline.
 
@@ -61,7 +61,10 @@ class ReinforcePP(Method):
     sampler_cap: float = option(3.0, above=1, doc="the largest such weight")
 
     def requires(self) -> frozenset[str]:
-        return frozenset({"advantage", "old_logp"} | ({"sampler_logp"} if self.sampler_correction != "off" else set()))
+        # The reference is read before the loss, by the stage that charges the KL.
+        reference = {"ref_logp"} if self.beta else set()
+        sampler = {"sampler_logp"} if self.sampler_correction != "off" else set()
+        return frozenset({"advantage", "old_logp"} | reference | sampler)
 
     def rollouts(self) -> Rollouts:
         returns = kl_stage("token_returns", self.beta, self.kl_target, self.kl_horizon, gamma=self.gamma)

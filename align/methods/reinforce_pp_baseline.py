@@ -8,7 +8,12 @@ from align.methods.base import Stage, method, option
 from align.methods.reinforce_pp import ReinforcePP
 
 
-@method("reinforce_pp_baseline", paper="2501.03262", view="groups", needs={"advantage", "old_logp", "sampler_logp"})
+@method(
+    "reinforce_pp_baseline",
+    paper="2501.03262",
+    view="groups",
+    needs={"advantage", "old_logp", "ref_logp", "sampler_logp"},
+)
 class ReinforcePPBaseline(ReinforcePP):
     """REINFORCE++-baseline: the group's mean is taken off each reward, the batch's std divides.
 

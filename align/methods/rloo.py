@@ -13,7 +13,7 @@ from align.methods.stages import capped_exp
 from align.scoring.views import Groups
 
 
-@method("rloo", paper="2402.14740", view="groups", needs={"advantage", "old_logp"})
+@method("rloo", paper="2402.14740", view="groups", needs={"advantage", "old_logp", "ref_logp"})
 class RLOO(Method):
     """REINFORCE Leave-One-Out: the baseline of an answer is the mean reward of the prompt's other answers.
 
@@ -49,7 +49,9 @@ class RLOO(Method):
     kl_horizon: int = option(10000, at_least=1, doc="answers over which a steered beta moves by up to a fifth")
 
     def requires(self) -> frozenset[str]:
-        return frozenset({"advantage"} | ({"old_logp"} if self.ratio == "sequence" else set()))
+        # The reference is read before the loss, by the stage that charges the KL.
+        reference = {"ref_logp"} if self.beta else set()
+        return frozenset({"advantage"} | reference | ({"old_logp"} if self.ratio == "sequence" else set()))
 
     def rollouts(self) -> Rollouts:
         stages = reward_stages(self.reward_clip, self.missing_eos_penalty)

@@ -290,7 +290,7 @@ def test_values_of_the_kl_estimators(seed: int) -> None:
     _, logp, reference = policies(seed)
     rows, kl = population(logp, reference), float(exact(logp, reference)[0].detach())
     found = {
-        estimator: terms("grpo", {"beta": 1.0, "kl_estimator": estimator}, groups=rows)["kl"].values
+        estimator: terms("grpo", {"beta": 1.0, "kl_estimator": estimator}, groups=rows)["kl"].values.detach()
         for estimator in ("k1", "k2", "k3", "k3_ratio")
     }
     for estimator in ("k1", "k3", "k3_ratio"):
@@ -420,7 +420,7 @@ def test_scale_of_the_rewards_matters_to_dr_grpo_and_not_to_grpo() -> None:
 
 
 def test_dr_grpos_gradient_is_rloos_times_g_minus_one_over_g_and_the_longest() -> None:
-    theirs = slopes("rloo", pipeline("rloo", REWARDS, LENGTHS, **PLAIN), ratio="none")
+    theirs = slopes("rloo", pipeline("rloo", REWARDS, LENGTHS, **PLAIN), **PLAIN, ratio="none")
     ours = slopes("dr_grpo", pipeline("dr_grpo", REWARDS, LENGTHS), max_completion_length=64)
     assert ours == [pytest.approx([g * 3 / 4 / 64 for g in own]) for own in theirs]
 
@@ -443,7 +443,7 @@ def test_a_baseline_of_the_others_is_unbiased_and_one_of_all_is_short_by_g_minus
     rewards = torch.tensor([0.3, -1.0, 2.0, 0.7, 0.0], dtype=torch.float64)
     (wanted,) = torch.autograd.grad(-(logp.exp() * rewards).sum(), logits, retain_graph=True)
     for name, factor in (("rloo", 1.0), ("dr_grpo", 0.5)):
-        options = {"ratio": "none"} if name == "rloo" else {"max_completion_length": 1}
+        options = {**PLAIN, "ratio": "none"} if name == "rloo" else {"max_completion_length": 1}
         total = torch.zeros(5, dtype=torch.float64)
         for pair in itertools.product(range(5), repeat=2):
             own = [[float(rewards[v]) for v in pair]]
@@ -519,6 +519,16 @@ def test_options_that_are_stages() -> None:
 
 
 @pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_reference_is_asked_for_where_something_reads_it(name: str, beta: float) -> None:
+    """The loss, or a stage that charges the KL to the reward."""
+    made = METHODS.get(name)(beta=beta)
+    charged = [make(stage.id, stage.options).needs_reference for stage in made.rollouts().shaping]
+    assert ("ref_logp" in made.requires()) is (beta > 0)
+    assert any(charged) is (beta > 0 and name not in GRPO_LIKE)
+
+
+@pytest.mark.parametrize("name", IDS)
 def test_the_stages_of_every_method_run(name: str) -> None:
     rows = pipeline(name, REWARDS, LENGTHS)
     assert sum(len(row["completions"]) for row in rows) == 8
@@ -527,7 +537,7 @@ def test_the_stages_of_every_method_run(name: str) -> None:
 
 def test_without_the_ratio_rloo_needs_no_old_policy() -> None:
     plain = METHODS.get("rloo")(ratio="none")
-    assert plain.requires() == {"advantage"} and not plain.rollouts().ratio
+    assert plain.requires() == {"advantage", "ref_logp"} and not plain.rollouts().ratio
     rows = random_rows(plain, 4, seed=1)
     made, leaves = tracked(rows)
     gradients = torch.autograd.grad(terms(plain, groups=made).total(), leaves)
@@ -536,4 +546,4 @@ def test_without_the_ratio_rloo_needs_no_old_policy() -> None:
 
 def test_of_several_advantages_rloo_takes_the_mean() -> None:
     one = {**answer([1.0, 1.0], 0.0), "advantage": [1.0, 3.0]}
-    assert loss("rloo", group(one)) == pytest.approx(-2.0)
+    assert loss("rloo", group(one), **PLAIN) == pytest.approx(-2.0)
