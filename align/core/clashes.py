@@ -132,7 +132,9 @@ METHOD_CLASHES: dict[str, Clash] = {
     ),
     "ipo_md": Clash("IPO-MD is online IPO on answers of a mixture: `mix: 0.125`", "online_ipo"),
     "nash_md_pg": Clash("Nash-MD-PG is the step of Nash-MD that is taken on a language model", "nash_md"),
-    "mixture_coef": Clash("TRL's `mixture_coef` is the weight of the reference: `mix`, and its `beta` is `tau`", "nash_md"),
+    "mixture_coef": Clash(
+        "TRL's `mixture_coef` is the weight of the reference: `mix`, and its `beta` is `tau`", "nash_md"
+    ),
     "dno_practical": Clash("DNO in practice, the contrastive one", "dno_prct"),
     "regularized_spin": Clash("SPIN with an anchor that holds the first model too", "alpha_spin"),
     "tdpo1": Clash("both versions of token-level DPO are one method", "tdpo"),
