@@ -97,6 +97,8 @@ def _progress(trainer: Any) -> Any:
     from align.trainers.progress import RunProgress
 
     unit = {"pairs": "pairs", "lists": "lists"}.get(trainer.method.view, "completions")
+    if trainer.method.rollouts() is not None:
+        unit = "prompts"
     shown = RunProgress(lambda steps: progress(steps, "training", "steps"), note, unit)
     shown.attach(trainer)
     return shown

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.core.errors import CheckpointError
 from align.report.page import write_page
+from align.report.rollouts import rollouts_section
 from align.report.sections import Cell, Code, Curve, DataReport, Part, Section, Table, TokenValues, Verdict
 
 LOG, RECIPE, PROVENANCE, REJECTED = "log.jsonl", "recipe.yaml", "provenance.json", "rejected.jsonl"
@@ -18,6 +19,10 @@ TOKENS = "token_rewards.jsonl"
 PAGE = "report.html"
 _EVAL = "eval_"
 _CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "rollout/reward": ("Reward of the policy's answers", "reward", {"rollout/reward": "", "reward": ""}),
+    "rollout/kl": ("Distance to the reference", "KL in nats an answer", {"rollout/kl": "", "kl": ""}),
+    "rollout/length": ("Length of the answers", "tokens", {"rollout/length": "", "length": ""}),
+    "rollout/entropy": ("Entropy of the sampler", "nats a token", {"rollout/entropy": "", "entropy": ""}),
     "loss": ("Loss", "loss", {"loss": ""}),
     "rewards/accuracies": ("Reward accuracy", "share of pairs, chosen above rejected", {"rewards/accuracies": ""}),
     "rewards/margins": ("Reward margin", "implicit reward, chosen minus rejected", {"rewards/margins": ""}),
@@ -83,6 +88,7 @@ def run_sections(output_dir: str | Path) -> list[Section | Part]:
         found.append(_evaluation_table(evaluations))
     if (folder / TOKENS).is_file():
         found += _token_rewards(folder / TOKENS, chosen)
+    found += rollouts_section(folder)
     rejected = folder / REJECTED
     if rejected.is_file():
         found.append(_rejected(rejected))
@@ -170,6 +176,9 @@ def _verdict(
             f"({float(chosen['best']):.4g}), which need not be the last."
         )
     losses = _points(evaluations, "eval_loss")
+    rewards = _points(steps, "rollout/reward")
+    if rewards:
+        return _online_verdict(rewards, steps, evaluations, end)
     if not losses:
         trained = _points(steps, "loss")
         text = f"The training loss went {_way(trained)}." if trained else "No loss was logged."
@@ -181,6 +190,23 @@ def _verdict(
     text += f", the accuracy {_way(accuracy)}." if accuracy else "."
     good = None if len(losses) == 1 else losses[-1][1] < losses[0][1]
     return Verdict(text + end, good=good)
+
+
+def _online_verdict(
+    rewards: list[tuple[int, float]], steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], end: str
+) -> Verdict:
+    """Of a run that samples: what its own answers and those to held-out prompts earned, and what they cost."""
+    held = _points(evaluations, "eval_reward")
+    if held:
+        text = f"On held-out prompts the reward of the policy's answers went {_way(held)}"
+    else:
+        text = f"The reward of the policy's own answers went {_way(rewards)}"
+    kl = _points(evaluations, "eval_kl") or _points(steps, "rollout/kl")
+    text += f", at {kl[-1][1]:.4g} nats from the reference." if kl else "."
+    if not held:
+        text += " There was no evaluation, so nothing is known of other prompts."
+    shown = held or rewards
+    return Verdict(text + end, good=None if len(shown) == 1 else shown[-1][1] > shown[0][1])
 
 
 def _points(steps: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

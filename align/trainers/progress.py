@@ -14,6 +14,10 @@ from align.core.progress import Progress
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",
+    "rollout/reward": "reward",
+    "eval_reward": "held-out reward",
+    "eval_kl": "KL",
+    "rollout/length": "tokens",
     "rewards/accuracies": "accuracy",
     "eval_rewards/accuracies": "held-out accuracy",
     "rewards/margins": "margin",

@@ -11,8 +11,7 @@ import torch
 from align.core.errors import ConfigError, DataError
 from align.data.groups import Group, RowId
 from align.evaluate.sides import as_side
-from align.loops import Drawn, Sera, bootstrap, ensemble, largest, pair_margins, select_round
-from align.loops.sera import best_and_worst
+from align.loops.sera import Drawn, Sera, best_and_worst, bootstrap, ensemble, largest, pair_margins, select_round
 from align.methods import terms
 from align.sampling.base import SamplingParams
 from align.testing.tiny import random_pairs, tiny_model, tiny_tokenizer

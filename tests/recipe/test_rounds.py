@@ -17,7 +17,7 @@ from align.core.seeds import derive
 from align.data.groups import Group, RowId
 from align.data.prepare import open_sources
 from align.evaluate.sides import load_side
-from align.loops import Sera, bootstrap, pair_margins
+from align.loops.sera import Sera, bootstrap, pair_margins
 from align.recipe import rounds, schema
 from align.recipe.rounds import recipes_of
 from align.sampling.base import SamplingParams

@@ -192,7 +192,8 @@ def test_all_faults_at_once_with_their_lines(write: Write) -> None:
         (["data.chat_template=nowhere.jinja"], "no chat template"),
         (["data.max_bad_fraction=2"], "<= 1"),
         (["reference.kind=adapter_off", "model.peft=null"], "without an adapter"),
-        (["rollout.prompts=3"], "unknown section `rollout`"),
+        (["rollout.prompts=3"], "`rollout` is unused"),
+        (["rolout.prompts=3"], "unknown section `rolout`"),
     ],
 )
 def test_faults(write: Write, overrides: list[str], message: str) -> None:
