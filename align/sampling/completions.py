@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
-from align.core.errors import ModelError
+from align.core.errors import ConfigError, ModelError
 from align.core.seeds import derive
 from align.sampling.base import Request, Rollout, SamplingParams
 
 _CONTEXT = 8
 """Tokens before a completion with which it is decoded, so that a leading space is not lost."""
+
+_LEAST_TEMPERATURE = 0.01
 
 
 def as_ids(value: Any) -> frozenset[int]:
@@ -51,10 +53,23 @@ class Draw:
 
 
 def draws(request: Request) -> Iterator[Draw]:
-    """Every completion of a request, prefix by prefix."""
+    """Every completion of a request to vLLM, prefix by prefix.
+
+    Seeds of one prefix follow one another, as vLLM's own do for `n` completions of one request: a server and an engine
+    in process draw alike.
+
+    Raises:
+        ConfigError: a temperature that vLLM would raise without a word.
+    """
     for number, (prefix, count, own) in enumerate(zip(request.prefixes, request.counts, request.params, strict=True)):
+        if 0 < own.temperature < _LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"the temperature {own.temperature:g} is below {_LEAST_TEMPERATURE}, the least that vLLM takes",
+                mend="use 0 for the likeliest tokens",
+            )
+        first = derive(own.seed, "rollout", number) >> 1  # so that the sum stays below 2**63
         for sample in range(count):
-            yield Draw((number, sample), prefix, own, derive(own.seed, "rollout", number, sample))
+            yield Draw((number, sample), prefix, own, first + sample)
 
 
 class Decoder:
