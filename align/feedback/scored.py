@@ -44,10 +44,10 @@ class Scored:
         def ask(missing: Sequence[int]) -> list[Judged]:
             return self.scorer.score([items[i] for i in missing], seed, progress)
 
-        keys = (
-            [_key(self.scorer, seed, self.scorer.content(item)) for item in items] if self.cache is not None else None
-        )
-        values = _remembered(self.cache, keys, len(items), ask, progress)
+        def key(place: int) -> str:
+            return _key(self.scorer, seed, self.scorer.content(items[place]))
+
+        values = _remembered(self.cache, key, len(items), ask, progress)
         metrics, logged = self.scorer.log.take(items) if self.scorer.log is not None else ({}, [{}] * len(items))
         found, rows = iter(values), iter(logged)
         verdicts = []
@@ -139,12 +139,10 @@ class Compared:
         def ask(missing: Sequence[int]) -> list[Judged]:
             return self.comparer.compare([ordered[i] for i in missing], seed, progress)
 
-        keys = (
-            [_key(self.comparer, seed, self.comparer.content(one)) for one in ordered]
-            if self.cache is not None
-            else None
-        )
-        values = _remembered(self.cache, keys, len(ordered), ask, progress)
+        def key(place: int) -> str:
+            return _key(self.comparer, seed, self.comparer.content(ordered[place]))
+
+        values = _remembered(self.cache, key, len(ordered), ask, progress)
         out: list[Judged] = [0.5] * len(matches)
         firsts = [(0.0, 0)] * len(matches)
         for place, index in zip(live, range(half), strict=True):
@@ -202,17 +200,18 @@ def _key(judge: Scorer | Comparer, seed: int, content: Any) -> str:
 
 def _remembered(
     cache: JudgementCache | None,
-    keys: Sequence[str] | None,
+    key: Callable[[int], str],
     count: int,
     ask: Callable[[Sequence[int]], list[Judged]],
     progress: Progress,
 ) -> list[Judged]:
     """The numbers of `count` things: remembered ones, and the rest by `ask(indices)`; what fails is not remembered."""
-    if cache is None or keys is None:
+    if cache is None:
         return _right(ask(range(count)), count) if count else []
+    keys = [key(index) for index in range(count)]
     values: dict[int, Judged] = {}
-    for index, key in enumerate(keys):
-        kept = cache.get(key)
+    for index, name in enumerate(keys):
+        kept = cache.get(name)
         if isinstance(kept, (int, float)):
             values[index] = float(kept)
     progress(len(values))

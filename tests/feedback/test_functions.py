@@ -16,7 +16,9 @@ from align.feedback.cache import JudgementCache
 from align.feedback.calling import each, in_thread
 from align.feedback.functions import reward_function
 from align.feedback.scored import Scored
+from align.worlds.base import as_user
 from align.worlds.style import Style
+from align.worlds.twist import Twist
 from tests.feedback.made import group
 
 MODULE = """
@@ -110,7 +112,7 @@ def test_the_signature_is_trls(module):
 def test_functions_that_name_columns_and_asynchronous_ones(module):
     assert judged("narrow", [group("a", "b", answer="b")])[0] == [[0, 1]]
     assert judged("later", [group("a", "bbb")])[0] == [[1, 3]]
-    with pytest.raises(ConfigError, match="`answer`.*neither given"):
+    with pytest.raises(ConfigError, match=r"`answer`.*neither given"):
         judged("narrow", [group("a", answers="b")])
 
 
@@ -143,7 +145,7 @@ def test_what_is_no_number_is_missing_by_reason_and_a_wrong_length_is_an_error(m
         "a text in place of a number": 1,
         "a list in place of a number": 1,
     }
-    with pytest.raises(ConfigError, match="user_rewards:short.*one number per completion") as caught:
+    with pytest.raises(ConfigError, match=r"user_rewards:short.*one number per completion") as caught:
         judged("short", [group("a", "b")])
     assert "1 rewards for 2 completions" in str(caught.value)
 
@@ -217,9 +219,7 @@ def test_a_worlds_gold_reward_and_gold_preference_take_the_same_way():
     prompts = world.prompts(3)
     rng = np.random.default_rng(0)
     groups = [
-        group(
-            *(world.demonstrate(prompt, rng) for _ in range(3)), row=row, prompt=({"role": "user", "content": prompt},)
-        )
+        group(*(world.demonstrate(prompt, rng) for _ in range(3)), row=row, prompt=as_user(prompt))
         for row, prompt in enumerate(prompts)
     ]
     out, _ = apply([open_feedback(FeedbackSpec(name=world.reward_name))], groups, 0)
@@ -227,13 +227,11 @@ def test_a_worlds_gold_reward_and_gold_preference_take_the_same_way():
         expected = [world.reward(prompt, answer.text) for answer in one.answers]
         assert one.rewards().tolist() == expected
 
-    from align.worlds.twist import Twist
-
     twist = Twist()
     (prompt,) = twist.prompts(1)
     answers = [twist.demonstrate(prompt, rng) for _ in range(6)]
     spec = FeedbackSpec(kind="pairwise_function", name=twist.preference_name)
-    out, _ = apply([open_feedback(spec)], [group(*answers, prompt=({"role": "user", "content": prompt},))], 0)
+    out, _ = apply([open_feedback(spec)], [group(*answers, prompt=as_user(prompt))], 0)
     for i in range(6):
         for j in range(6):
             expected = 0.5 if answers[i] == answers[j] else twist.win_probability(prompt, answers[i], answers[j])

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from align.core.errors import ConfigError, FeedbackError
+from align.core.errors import CheckpointError, ConfigError, FeedbackError
 from align.data.comparisons import tournament
 from align.feedback import Account, Verdict, apply
 from align.feedback.cache import JudgementCache
@@ -45,10 +45,9 @@ class Wild:
     """A user's own feedback: does to each group what `acts` say."""
 
     name = "wild"
-    key: dict = {}
 
     def __init__(self, *acts, gives="reward"):
-        self.acts, self.gives = acts, gives
+        self.acts, self.gives, self.key = acts, gives, {}
 
     def judge(self, groups, seed, progress=None):
         return [self.acts[one.row.row % len(self.acts)](one) for one in groups]
@@ -70,7 +69,7 @@ def test_a_feedback_that_raises_costs_only_its_own_groups(caplog):
     groups = [group("a", "b", row=n) for n in range(6)]
     judged, account = apply([Wild(good, boom, stopped)], groups, 0)
     assert [np.isnan(r).all() for r in rewards(judged, "wild")] == [False, True, True] * 2
-    assert [r for r in rewards(judged, "wild")[::3]] == [[1, 1], [1, 1]]
+    assert rewards(judged, "wild")[::3] == [[1, 1], [1, 1]]
     missing = dict(account.counts["wild"].missing)
     assert missing == {"raised RuntimeError": 4, "raised FeedbackError: the judge is away": 4}
     with caplog.at_level(logging.WARNING):
@@ -158,7 +157,9 @@ def test_fewer_opponents_ask_for_fewer_comparisons():
             np.testing.assert_array_equal(again[0][0].wins, wins)
         if opponents == "tournament":
             played = tournament(wins)
-            assert (played.winner, played.loser) == (7, 0) and set(played.compared) <= set(zip(*np.nonzero(there)))
+            assert (played.winner, played.loser) == (7, 0) and set(played.compared) <= set(
+                map(tuple, np.argwhere(there).tolist())
+            )
     assert asked["all"] == 28 and asked["first"] == 7 and asked["tournament"] == 11 and 8 <= asked["random"] <= 16
 
 
@@ -257,8 +258,6 @@ def test_a_torn_line_is_dropped_with_a_word_and_the_rest_stands(tmp_path, caplog
 
 
 def test_a_cache_that_cannot_be_written_stops_the_run(tmp_path):
-    from align.core.errors import CheckpointError
-
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
