@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align.core.errors import ConfigError, DataError
-from align.data.groups import Preference, RowId, TokenCompletion, TokenGroup
+from align.data.groups import Preference, RowId, TokenCompletion, TokenGroup, beside
 from align.data.marks import mark_differences
 from align.data.readers import reader_for
 from align.data.tokenise import Tokeniser
@@ -19,6 +19,7 @@ from align.methods.base import finish, terms_of
 from align.methods.evaluate import make_bare_view
 from align.scoring.assemble import columns_needed, completion_key, make_view, placeholder_outputs, trees_of
 from align.scoring.views import Lists, Pairs, Singles
+from align.testing.rows import ORIGINS
 from align.testing.tiny import random_pairs, tiny_tokenizer
 
 
@@ -34,7 +35,8 @@ def make_groups(view: str, seed: int = 0, needs: frozenset[str] = frozenset()) -
     rng = np.random.default_rng(seed)
     groups = []
     for row in range(4):
-        size = {"pairs": 2 + row % 2, "singles": 2, "demonstrations": 1}.get(view, row + 1)
+        # Of three answers, no two authors could have written every pair.
+        size = {"pairs": 2 + row % 2 * ("role" not in needs), "singles": 2, "demonstrations": 1}.get(view, row + 1)
         own = tuple(
             completion(
                 rng,
@@ -44,6 +46,7 @@ def make_groups(view: str, seed: int = 0, needs: frozenset[str] = frozenset()) -
                 rank=i + 1,
                 weight=1.0 + (row if view in ("lists", "groups") else i),
                 finished=i != 1,
+                role=ORIGINS[(row + i) % 2] if "role" in needs else "",
                 advantages="advantage" in needs,
             )
             for i in range(size)
@@ -84,6 +87,7 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
             row |= {"mask": one.mask.tolist(), "weight": one.weight, "finished": one.finished}
             row |= {"key": completion_key(group.row, index), "step": one.step.tolist()}
             row |= {"label": one.label, "reward": one.reward} if one.label is not None else {}
+            row |= {"role": one.role} if one.role in ORIGINS else {}
             row |= {name: column.tolist() for name, column in one.columns.items()}
             made.append(row)
             place += 1
@@ -91,7 +95,7 @@ def bare_rows(view: str, groups: list[TokenGroup], outputs: dict[str, Tensor]) -
             [row for row, one in zip(made, group.completions, strict=False) if one.role == role]
             for role in ("sample", "demonstration")
         )
-        judged = sum(not one.role for one in group.completions)
+        judged = sum(not beside(one.role) for one in group.completions)
         own, others = made[:judged], made[len(group.completions) :]
         more = ({"samples": drawn} if drawn else {}) | ({"baseline": imitated[0]} if imitated else {})
         contrasted = [(row, one) for row, one in zip(made, group.completions, strict=False) if ":" in one.role]
