@@ -124,7 +124,7 @@ class _Mixing(LogitsProcessor):
             given["logits_to_keep"] = 1
         with self._alone():
             out = self._model(**given, past_key_values=self._cache)
-        self._cache = out.past_key_values
+        self._cache = getattr(out, "past_key_values", None)
         if self._cache is None:
             raise ModelError(
                 f"{type(self._model).__name__} gives no cache of keys and values", mend="mix with another reference"
