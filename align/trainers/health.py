@@ -24,6 +24,9 @@ Kind = Literal["over_optimisation", "length", "repetition", "entropy", "spread",
 PROXY, JUDGES, TRAINED = "eval_reward", "eval_reward/", "rollout/reward/"
 SIGMAS = 4.0
 """Standard errors that a change since the start must exceed."""
+START = 2
+"""Batches that are the start: few, so that a collapse within the first window does not hide in what it is compared
+with."""
 CLEARED = 0.9
 """An episode is over at this share of the limit."""
 ESS_AT_LEAST = 3
@@ -55,7 +58,7 @@ class HealthOptions:
     least_ess: float = option(0.3, above=0, below=1, doc="as a share of the answers")
     mismatch: Level = option("warn", doc="sampler and trainer disagree about the same tokens")
     mismatch_limit: float = option(0.01, above=0, doc="KL of the two in nats a token")
-    window: int = option(10, at_least=2, doc="batches of rollouts in a mean")
+    window: int = option(10, at_least=4, doc="batches of rollouts in a mean")
     eval_window: int = option(2, at_least=1, doc="evaluations in a mean")
 
     def __post_init__(self) -> None:
@@ -122,15 +125,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How near a limit is: above 1 it is passed. `sentence` tells so."""
+    """How near a limit is: above 1 it is passed. `sentence` tells so. `sure`: whether it is beyond noise."""
 
     excess: float
     sentence: str
+    sure: bool = True
 
 
 @dataclass(eq=False)
 class Series:
-    """The first and the last `window` values of a metric; the two never overlap."""
+    """The first `START` and the last `window` values of a metric."""
 
     window: int
     first: list[float] = field(default_factory=list)
@@ -139,7 +143,7 @@ class Series:
 
     def add(self, value: float) -> None:
         self.count += 1
-        if len(self.first) < self.window:
+        if len(self.first) < START:
             self.first.append(value)
         self.last = [*self.last, value][-self.window :]
 
@@ -152,11 +156,21 @@ class Series:
         return float(np.mean(self.first))
 
     @property
+    def full(self) -> bool:
+        """Whether the last window lies behind the start."""
+        return self.count >= START + self.window
+
+    @property
     def moved(self) -> bool:
-        """Whether the last window lies behind the first, and its mean is apart from it beyond noise."""
-        if self.count < 2 * self.window:
-            return False
-        error = math.sqrt((np.var(self.first, ddof=1) + np.var(self.last, ddof=1)) / self.window)
+        """Whether its mean is apart from the start beyond noise.
+
+        The noise is that of the last window around its trend, for the start at least the same in relation to its size.
+        """
+        steps = np.arange(self.window)
+        line = np.polynomial.Polynomial.fit(steps, self.last, 1)
+        spread = float(np.sqrt(np.square(line(steps) - self.last).sum() / (self.window - 2)))
+        relative = spread / abs(self.mean) if self.mean else 0.0
+        error = math.hypot(spread / math.sqrt(self.window), max(spread, relative * self.start) / math.sqrt(START))
         return abs(self.mean - self.start) > SIGMAS * error
 
     def state(self) -> dict[str, Any]:
@@ -192,7 +206,7 @@ class Health:
         found = []
         for name, kind, reading in self._readings(fresh):
             level = self.options.level(kind)
-            if reading.excess > 1 and name not in self.alarms:
+            if reading.excess > 1 and reading.sure and name not in self.alarms:
                 self.alarms.add(name)
                 if level != "off":
                     found.append(Finding(kind, level, f"step {step}: {reading.sentence}"))
@@ -213,8 +227,7 @@ class Health:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         window = self.options.window
         for name, one in state["series"].items():
-            first, last = one["first"][:window], one["last"][-window:]
-            self.series[name] = Series(window, list(first), list(last), int(one["count"]))
+            self.series[name] = Series(window, list(one["first"]), list(one["last"][-window:]), int(one["count"]))
         self.judged = {name: [list(pair) for pair in pairs] for name, pairs in state["judged"].items()}
         self.trained, self.alarms = set(state["trained"]), set(state["alarms"])
         self.batches = int(state["batches"])
@@ -303,7 +316,7 @@ def _noise(values: np.ndarray) -> float:
 
 
 def _length(series: Series, options: HealthOptions) -> Reading:
-    if not series.moved or not series.mean or not series.start:
+    if not series.full or not series.mean or not series.start:
         return _QUIET
     grown = series.mean > series.start
     factor = max(series.mean / series.start, series.start / series.mean)
@@ -316,39 +329,43 @@ def _length(series: Series, options: HealthOptions) -> Reading:
         factor / options.length_factor,
         f"answers {'grew' if grown else 'shrank'} from {series.start:.4g} to {series.mean:.4g} tokens, a factor of "
         f"{factor:.3g} (limit {options.length_factor:g}): {mend}",
+        series.moved,
     )
 
 
 def _repeated(series: Series, options: HealthOptions) -> Reading:
-    if not series.moved:
+    if not series.full:
         return _QUIET
     return Reading(
         (series.mean - series.start) / options.repetition_rise,
         f"the share of repeated 4-grams within an answer rose from {series.start:.3f} to {series.mean:.3f} (limit: "
         f"{options.repetition_rise:g} more): answers run in circles. Look at them; lower the learning rate or raise "
         "beta",
+        series.moved,
     )
 
 
 def _distinct(series: Series, options: HealthOptions) -> Reading:
-    if not series.moved:
+    if not series.full:
         return _QUIET
     return Reading(
         _ratio(options.distinct_share * series.start, series.mean),
         f"the share of distinct 2-grams among a prompt's answers fell from {series.start:.3f} to {series.mean:.3f} "
         f"(limit: {options.distinct_share:g} of the start): answers repeat each other. Raise the temperature or beta; "
         "lower the learning rate",
+        series.moved,
     )
 
 
 def _entropy(series: Series, options: HealthOptions) -> Reading:
-    if not series.moved:
+    if not series.full:
         return _QUIET
     return Reading(
         _ratio(options.entropy_share * series.start, series.mean),
         f"the entropy of a token fell from {series.start:.3g} to {series.mean:.3g} nats (limit: "
         f"{options.entropy_share:g} of the start): the policy stops exploring. Raise beta, the temperature or "
         "epsilon_high; lower the learning rate",
+        series.moved,
     )
 
 
