@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="recipes of the demo: any method's id, or dpo-lora (dpo simpo kto dpo-lora)",
     )
     parser.add_argument(
-        "--world", default="style", help="style (the default), or noisy, flipped, length_biased: annotators who err"
+        "--world",
+        default="style",
+        help="style (the default); noisy, flipped, length_biased: annotators who err; twist: preferences that go round",
     )
     parser.add_argument("--prompts", type=int, default=768, help="training prompts, a pair of answers each (768)")
     parser.add_argument("--json", action="store_true", help="print for machines")
