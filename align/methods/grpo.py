@@ -77,7 +77,7 @@ class GRPO(Method):
     beta: float = option(0.04, at_least=0, doc="weight of the KL to the reference; 0 needs none")
     epsilon: float = option(0.2, above=0, below=1, doc="how far below 1 a ratio is followed")
     epsilon_high: float | None = option(None, above=0, doc="how far above 1 a ratio is followed; null: epsilon")
-    delta: float | None = option(None, above=1, doc="cap of the ratio where the advantage is negative; null: none")
+    delta: float | None = option(None, doc="cap of a ratio of negative advantage, above 1 + epsilon_high; null: none")
     aggregation: Aggregation = option("seq", doc="how tokens are averaged")
     max_completion_length: int = option(1024, at_least=1, doc="tokens: divisor of `const`, end of overlong_cache")
     importance_level: Level = option("token", doc="the ratio of a token, or the geometric mean of the answer's")
@@ -144,7 +144,7 @@ class GRPO(Method):
     def measure(self, view: Groups) -> Mapping[str, tuple[Tensor, float]]:
         own = view.completions
         shares = clip_shares(ratio(own, self.importance_level), own.advantage, own.mask, self.epsilon, self.high)
-        drift = {"kl": (kl(own, "k3").sum(), float(own.mask.sum()))} if self.beta else {}
+        drift = {"kl": (kl(own, "k3").sum(), float(own.length.sum()))} if self.beta else {}
         return {**shares, **drift}
 
     def cautions(self) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from align.methods._policy_gradient import (
     Correction,
-    aggregate,
     clip_shares,
     clipped,
     kl_stage,
@@ -18,7 +17,7 @@ from align.methods._policy_gradient import (
     sampler_weight,
     scored,
 )
-from align.methods.base import Draw, Method, Rollouts, Stage, Term, method, option
+from align.methods.base import Draw, Method, Rollouts, Stage, Term, Unit, method, option
 from align.scoring.views import Groups, wide
 
 
@@ -81,7 +80,7 @@ class ReinforcePP(Method):
         gain = clipped(ratio(own, "token"), advantage, self.epsilon, self.epsilon)
         if self.sampler_correction != "off":
             gain = gain * sampler_weight(own, self.sampler_correction, self.sampler_cap)
-        return {"policy": aggregate(own, -gain, "tok", 1)}
+        return {"policy": Term(scored(own, -gain), Unit("token", own.mask))}
 
     def measure(self, view: Groups) -> Mapping[str, tuple[Tensor, float]]:
         own = view.completions

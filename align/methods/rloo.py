@@ -78,7 +78,7 @@ class RLOO(Method):
             return {}
         own = view.completions
         ratio = capped_exp(log_ratio(own).sum(-1), CAP)
-        return clip_shares(ratio, self._advantage(view), own.mask.any(-1), self.epsilon, self.epsilon)
+        return clip_shares(ratio, self._advantage(view), own.length > 0, self.epsilon, self.epsilon)
 
     def cautions(self) -> tuple[str, ...]:
         said = []

@@ -42,11 +42,12 @@ _OF_REINFORCE: list[dict[str, Any]] = [
     {"kl_target": 0},
     {"kl_horizon": 0},
     {"sampler_correction": "none"},
-    {"sampler_cap": 0.9},
+    {"sampler_cap": 1},
 ]
 
 REFUSED: list[Case] = [
     *((name, options) for name in GRPO_LIKE for options in _OF_GRPO),
+    ("dapo", {"overlong_cache": 0, "max_completion_length": 0}),
     ("rloo", {"num_generations": 1}),
     ("rloo", {"beta": -0.01}),
     ("rloo", {"ratio": "token"}),
@@ -64,6 +65,9 @@ ADMITTED: list[Case] = [
     *[(name, {"beta": 0, "num_generations": 2}) for name in (*GRPO_LIKE, "rloo", "reinforce_pp_baseline")],
     *[(name, {"max_completion_length": 10, "overlong_cache": 10}) for name in GRPO_LIKE],
     ("grpo", {"epsilon": 0.2, "delta": 1.21}),
+    ("grpo", {"max_completion_length": 1}),
+    ("rloo", {"reward_clip": 0.5, "kl_target": 0.5}),
+    ("reinforce_pp", {"reward_clip": 0.5, "kl_target": 0.5, "kl_horizon": 1}),
     ("dapo", {"overlong_cache": 0, "max_completion_length": 1}),
     ("rloo", {"missing_eos_penalty": 0, "kl_horizon": 1, "kl_target": 0.1}),
     ("reinforce_pp", {"num_generations": 1, "gamma": 1, "kl_target": 6, "kl_horizon": 100}),
@@ -81,6 +85,7 @@ CAUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dr_grpo", {"max_completion_length": 512, "aggregation": "tok"}, {"max_completion_length": 512}),
     ("grpo", {"sampler_cap": 2}, {"sampler_cap": 2, "sampler_correction": "token_mask"}),
     ("rloo", {"ratio": "none", "epsilon": 0.1}, {"ratio": "sequence", "epsilon": 0.1}),
+    ("rloo", {"ratio": "none", "epsilon": 0.1}, {"ratio": "none"}),
     ("rloo", {"kl_horizon": 100}, {"kl_horizon": 100, "kl_target": 6}),
     ("rloo", {"kl_target": 6, "beta": 0}, {"kl_target": 6}),
     *[(name, {"gamma": 0.99}, {"gamma": 1}) for name in REINFORCE],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from align.methods import METHODS, terms
+from align.methods._policy_gradient import clip_shares
 from align.methods.base import Draw
 from align.methods.evaluate import make_bare_view
 from align.shaping import Batch, make, run
@@ -147,7 +148,9 @@ def test_dapo_without_its_changes_is_grpo_over_tokens() -> None:
 
 
 def test_what_is_clipped_is_told() -> None:
-    rows = group(answer([0.5, 1.0, 1.5], -1.0), answer([0.5, 1.5, 2.0, 1.0, 1.0], 1.0))
+    """Between one and two epsilons from 1, on both sides; a token that is not scored is not counted."""
+    short = {**answer([0.7, 1.0, 1.3, 0.1], -1.0), "mask": [1, 1, 1, 0]}
+    rows = group(short, answer([0.7, 1.3, 1.35, 1.0, 1.0], 1.0, mask=[1] * 5))
     view = make_bare_view("groups", rows)
     found = METHODS.get("grpo")(beta=0.0).measure(view)
     numbers = {name: (float(total), count) for name, (total, count) in found.items()}
@@ -157,11 +160,41 @@ def test_what_is_clipped_is_told() -> None:
         "clip_ratio/region_mean": (3.0, 8.0),
     }
     assert METHODS.get("reinforce_pp")().measure(view) == found
-    (below, n), (above, _), _ = METHODS.get("rloo")().measure(view).values()
-    assert (float(below), float(above), n) == (1.0, 1.0, 2.0)
+    assert told("rloo", view) == (0.0, 1.0, 2.0)
     assert METHODS.get("rloo")(ratio="none").measure(view) == {}
-    (below, n), (above, _), _ = METHODS.get("gspo")().measure(view).values()
-    assert (float(below), float(above), n) == (3.0, 5.0, 8.0)
+    assert told("gspo", view) == (3.0, 5.0, 8.0)
+    lower = make_bare_view("groups", group(answer([0.9, 0.8], -1.0), answer([0.9, 0.9], -1.0)))
+    assert told("rloo", lower) == (1.0, 0.0, 2.0)
+
+
+def told(name: str, view: Any) -> tuple[float, float, float]:
+    """Clipped below, clipped above, out of."""
+    below, above, both = METHODS.get(name)().measure(view).values()
+    assert float(below[0] + above[0]) == float(both[0])
+    return float(below[0]), float(above[0]), below[1]
+
+
+def test_a_ratio_on_the_bound_and_an_advantage_of_zero_are_not_clipped() -> None:
+    bounds = torch.tensor([[1 - 0.2, 1 + 0.2, 0.1, 9.0]], dtype=torch.float64)
+    for advantage in (torch.tensor([[-1.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, -1.0, 0.5, -0.5]])):
+        shares = clip_shares(bounds, advantage, torch.ones(1, 4, dtype=torch.bool), 0.2, 0.2)
+        assert [float(total) for total, _ in shares.values()] == [0.0, 0.0, 0.0]
+
+
+def test_the_kl_is_told_a_token() -> None:
+    rows = some_rows(1)
+    total, count = METHODS.get("grpo")().measure(make_bare_view("groups", rows))["kl"]
+    tokens = [one for row in rows for one in row["completions"]]
+    gaps = [r - p for one in tokens for r, p in zip(one["ref_logp"], one["logp"].tolist(), strict=True)]
+    assert float(total.detach()) == pytest.approx(sum(math.exp(d) - d - 1 for d in gaps)) and count == len(gaps)
+
+
+def test_an_answer_without_a_scored_token_has_no_part_in_the_gradient() -> None:
+    rows = group({**answer([1.0], 1.0), "mask": [0]}, {**answer([1.0, 1.0], -0.5), "mask": [1, 1]})
+    for name in IDS:
+        silent, other = slopes(name, rows, **PLAIN)
+        assert silent == [0.0] and all(math.isfinite(x) and x > 0 for x in other), name
+        assert math.isfinite(loss(name, rows, **PLAIN))
 
 
 # Averages
@@ -364,6 +397,16 @@ def test_a_product_below_the_cap_is_kept_whole() -> None:
     rows = group(drawn([math.log(0.5), math.log(3)]))
     for correction in ("sequence_truncate", "sequence_mask"):
         assert slopes("grpo", rows, **PLAIN, sampler_correction=correction) == [pytest.approx([-0.75, -0.75])]
+
+
+def test_a_weight_at_the_cap_is_kept() -> None:
+    cap = float(torch.tensor(0.5, dtype=torch.float64).exp())
+    made = answer([1.0], 1.0)
+    made["sampler_logp"] = [made["old_logp"][0] - 0.5]
+    rows = group(made)
+    for level in ("token", "sequence"):
+        found = slopes("grpo", rows, **PLAIN, sampler_correction=f"{level}_mask", sampler_cap=cap)
+        assert found == [pytest.approx([-cap])]
 
 
 def test_without_a_mismatch_the_weight_is_one() -> None:

@@ -154,9 +154,9 @@ def test_an_answer_that_was_cut_pays() -> None:
 
 
 def test_rewards_are_clipped() -> None:
-    found = shaped(batch([[-3.0, 0.5, 3.0, NAN]]), "clip_reward", low=-1, high=2)
-    near(found.reward, [-1, 0.5, 2, NAN])
-    assert found.metrics["reward_clipped_share"] == pytest.approx(2 / 3)
+    found = shaped(batch([[-3.0, -1.0, 2.0, 3.0, NAN]]), "clip_reward", low=-1, high=2)
+    near(found.reward, [-1, -1, 2, 2, NAN])
+    assert found.metrics["reward_clipped_share"] == pytest.approx(1 / 2)
 
 
 def test_the_kl_of_an_answer_is_the_sum_over_its_scored_tokens() -> None:
@@ -363,6 +363,13 @@ def test_a_run_tells_of_rewards_and_advantages() -> None:
             "advantage_abs_mean": 3 / 9,
         }
     )
+
+
+def test_one_reward_has_no_deviation() -> None:
+    assert set(run([], batch([[1.0, NAN]])).metrics) == {
+        *("reward", "reward_missing", "frac_reward_zero_std", "trained_share", "advantage_abs_mean")
+    }
+    assert set(run([], batch([[NAN]])).metrics) == {"reward_missing", "trained_share"}
 
 
 def test_a_missing_reward_is_not_trained_on_without_any_stage() -> None:
