@@ -150,7 +150,7 @@ def test_dapo_without_its_changes_is_grpo_over_tokens() -> None:
 def test_what_is_clipped_is_told() -> None:
     """Between one and two epsilons from 1, on both sides; a token that is not scored is not counted."""
     short = {**answer([0.7, 1.0, 1.3, 0.1], -1.0), "mask": [1, 1, 1, 0]}
-    rows = group(short, answer([0.7, 1.3, 1.35, 1.0, 1.0], 1.0, mask=[1] * 5))
+    rows = group(short, answer([0.7, 1.3, 1.35, 1.0, 1.0, 9.0], 1.0, mask=[1, 1, 1, 1, 1, 0]))
     view = make_bare_view("groups", rows)
     found = METHODS.get("grpo")(beta=0.0).measure(view)
     numbers = {name: (float(total), count) for name, (total, count) in found.items()}
@@ -163,8 +163,9 @@ def test_what_is_clipped_is_told() -> None:
     assert told("rloo", view) == (0.0, 1.0, 2.0)
     assert METHODS.get("rloo")(ratio="none").measure(view) == {}
     assert told("gspo", view) == (3.0, 5.0, 8.0)
-    lower = make_bare_view("groups", group(answer([0.9, 0.8], -1.0), answer([0.9, 0.9], -1.0)))
-    assert told("rloo", lower) == (1.0, 0.0, 2.0)
+    answers = ([0.7], [1]), ([0.9, 0.9], [1, 1]), ([0.1], [0])
+    lower = group(*({**answer(ratios, -1.0), "mask": mask} for ratios, mask in answers))
+    assert told("rloo", make_bare_view("groups", lower)) == (1.0, 0.0, 2.0)
 
 
 def told(name: str, view: Any) -> tuple[float, float, float]:
