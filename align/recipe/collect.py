@@ -10,14 +10,14 @@ from typing import Any
 from align.core.errors import AlignError, ConfigError, ErrorList, raise_all, suggestion
 from align.core.options import option
 from align.feedback.spec import FeedbackSpec
-from align.loops import opening
-from align.loops.opening import SamplerSpec
 from align.loops.stages import SampleSpec
 from align.recipe import extends
 from align.recipe.document import Item
 from align.recipe.schema import _Reader as SectionReader
 from align.recipe.sections import Model, Stream
 from align.recipe.streams import stream_faults
+from align.sampling import spec
+from align.sampling.spec import SamplerSpec
 from align.shaping import selection
 from align.shaping.selection import PairSpec
 
@@ -175,7 +175,7 @@ class _Collector(SectionReader):
 
 
 def _faults(made: Collect, given: Mapping[str, str], command: str, shared: bool) -> Iterator[AlignError]:
-    for name, why in opening.unused(made.sampler).items():
+    for name, why in spec.unused(made.sampler).items():
         if f"sampler.{name}" in given:
             yield _unused(f"sampler.{name}", given, why)
     if made.sampler.kind == "server" and not _addresses(made.sampler.urls):

@@ -38,9 +38,9 @@ def markdown() -> str:
 def collecting() -> str:
     """A table per section of the recipe of `align sample`, `align judge` and `align pairs`."""
     from align.feedback.spec import FeedbackSpec
-    from align.loops.opening import SamplerSpec
     from align.loops.stages import SampleSpec
     from align.recipe.collect import Prompts
+    from align.sampling.spec import SamplerSpec
     from align.shaping.selection import PairSpec
 
     parts = (

@@ -15,6 +15,7 @@ from align.core.errors import AlignError, ConfigError, MissingExtra, suggestion
 from align.core.options import declared
 from align.recipe.sections import Recipe, Stream
 from align.recipe.streams import round_faults, stream_faults
+from align.sampling import spec
 
 _PAIR_METRICS = ("accuracy", "margin", "rewards/accuracies", "rewards/margins")
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
@@ -95,7 +96,11 @@ def unused(recipe: Recipe, uses: Uses) -> dict[str, str]:
 
 _ONLINE = ("rollout", "sampler", "feedback", "shaping", "health")
 """Sections of methods that sample."""
-_OF_SAMPLER = {"urls": "server", "batch_size": "hf", "gpu_memory_utilization": "vllm", "sleep": "vllm"}
+_THE_TRAINERS = {
+    "sampler.dtype": "a run samples in its own `model.dtype`",
+    "sampler.device": "a run samples where it trains",
+    "sampler.max_model_len": "`data.max_length` says it",
+}
 
 
 def _unused_streams(recipe: Recipe, uses: Uses) -> dict[str, str]:
@@ -108,10 +113,7 @@ def _unused_streams(recipe: Recipe, uses: Uses) -> dict[str, str]:
     else:
         found |= dict.fromkeys(("data.prompts", *_ONLINE), f"`{name}` trains on data that are there")
     if recipe.sampler is not None:
-        kind = recipe.sampler.kind
-        for option, owner in _OF_SAMPLER.items():
-            if owner != kind:
-                found[f"sampler.{option}"] = f"it is read with `kind: {owner}`, not `{kind}`"
+        found |= {f"sampler.{option}": why for option, why in spec.unused(recipe.sampler).items()} | _THE_TRAINERS
     return found
 
 

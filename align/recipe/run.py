@@ -12,7 +12,8 @@ from align.core.errors import AlignError, ConfigError
 from align.core.registry import METHODS
 from align.feedback import FeedbackContext, open_feedback
 from align.recipe import provenance, rules
-from align.recipe.sections import Model, Peft, Recipe, Rollout, Sampler, Stream
+from align.recipe.sections import Model, Peft, Recipe, Rollout, Stream
+from align.sampling.spec import SamplerSpec
 
 
 def run(recipe: Recipe) -> Path:
@@ -162,7 +163,7 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
 
 def _online(recipe: Recipe) -> dict[str, Any]:
     """What an `OnlineConfig` has beyond an `AlignConfig`."""
-    rollout, sampler = recipe.rollout or Rollout(), recipe.sampler or Sampler()
+    rollout, sampler = recipe.rollout or Rollout(), recipe.sampler or SamplerSpec()
     return {
         "rollout_prompts": rollout.prompts,
         "rollout_epochs": rollout.epochs,
@@ -171,12 +172,7 @@ def _online(recipe: Recipe) -> dict[str, Any]:
         "max_redraws": rollout.redraws,
         **{name: getattr(rollout, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         "eval_prompts": rollout.eval_prompts,
-        "sampler": sampler.kind,
-        "sampler_urls": None if sampler.urls is None else list(sampler.urls),
-        "sampler_batch": sampler.batch_size,
-        "sampler_sleep": sampler.sleep,
-        "gpu_memory_utilization": sampler.gpu_memory_utilization,
-        "parity_limit": sampler.parity_limit,
+        "sampler": sampler,
         "reward_weights": reward_weights(recipe),
         "shaping": [dict(stage) for stage in recipe.shaping] or None,
     }

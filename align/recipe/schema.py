@@ -25,10 +25,10 @@ from align.recipe.sections import (
     Reference,
     Rollout,
     Rounds,
-    Sampler,
     Stream,
     Train,
 )
+from align.sampling.spec import SamplerSpec
 from align.trainers.health import HealthOptions
 
 _PLAIN: dict[str, type] = {
@@ -37,7 +37,7 @@ _PLAIN: dict[str, type] = {
     "eval": Eval,
     "rounds": Rounds,
     "rollout": Rollout,
-    "sampler": Sampler,
+    "sampler": SamplerSpec,
     "health": HealthOptions,
     "provenance": Provenance,
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from align.core.options import option
 from align.feedback.spec import FeedbackSpec
+from align.sampling.spec import SamplerSpec
 from align.trainers.health import HealthOptions
 
 
@@ -189,20 +190,6 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """Who samples: Hugging Face `generate`, vLLM in this process, or running `vllm serve` processes."""
-
-    kind: Literal["hf", "vllm", "server"] = option("hf", doc="hf needs nothing more; vllm and server need vLLM")
-    urls: Any = option(None, doc="addresses of running servers, a list, with `kind: server`")
-    batch_size: int = option(256, at_least=1, doc="completions drawn at once, with `kind: hf`")
-    gpu_memory_utilization: float = option(0.4, above=0, at_most=1, doc="share of a GPU's memory, with `kind: vllm`")
-    sleep: bool = option(True, doc="free the GPU's memory between two phases of sampling, with `kind: vllm`")
-    parity_limit: float = option(
-        0.02, above=0, doc="mean difference of the sampler's and the trainer's log-prob of a token that is said aloud"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where the numbers of a recipe come from. Read by people."""
 
@@ -232,7 +219,7 @@ class Recipe:
     provenance: Provenance = field(default_factory=Provenance)
     rounds: Rounds | None = None
     rollout: Rollout | None = None
-    sampler: Sampler | None = None
+    sampler: SamplerSpec | None = None
     feedback: tuple[FeedbackSpec, ...] = ()
     shaping: tuple[Mapping[str, Any], ...] = ()
     health: HealthOptions | None = None

@@ -21,6 +21,7 @@ from align.data.stream import GlobalBatch, Hole
 from align.feedback.accounts import Account
 from align.feedback.base import Feedback
 from align.methods.base import Method, Rollouts
+from align.sampling.parity import compare
 from align.shaping import ShapingStage, run
 from align.shaping.base import make
 from align.trainers import checkpoints, rollouts
@@ -31,9 +32,11 @@ from align.trainers.online_config import OnlineConfig
 from align.trainers.preference import PreferenceTrainer
 from align.trainers.rollout_log import RolloutLog
 from align.trainers.rollout_metrics import measured, mismatch
-from align.trainers.samplers import Samplers, open_samplers
+from align.trainers.samplers import Samplers, open_samplers, tell
 
 logger = logging.getLogger(__name__)
+PARITY_PROMPTS = 4
+"""Prompts whose greedy completions are compared at the start of a launch, where another engine samples."""
 
 
 class OnlineTrainer(PreferenceTrainer):
@@ -130,6 +133,15 @@ class OnlineTrainer(PreferenceTrainer):
         engine.temperature = self.args.temperature
         return engine
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `AlignTrainer.train`; samplers that hold an engine or a connection are closed at its end."""
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            if self._samplers is not None:
+                self._samplers.close()
+                self._samplers = None
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     @property
@@ -174,7 +186,7 @@ class OnlineTrainer(PreferenceTrainer):
         if self._samplers is None:
             reference = None if self.reference is None else self.column
             self._samplers = open_samplers(
-                self.args, self.asked, engine, self.tokenizer, reference, self.model_name, self.world
+                self.args, self.asked, engine, self.tokenizer, reference, self.model_name, self.accelerator
             )
         return self._samplers
 
@@ -234,8 +246,21 @@ class OnlineTrainer(PreferenceTrainer):
             told["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
         if not self._parity_told:
             self._parity_told = True
-            self.samplers(engine).tell_parity(said)
+            self._tell_parity(engine, groups, tables[rollouts.OLD])
         return (rollouts.with_columns(groups, tables) if reads else groups), said | told
+
+    def _tell_parity(self, engine: Engine, groups: Sequence[TokenGroup], logp: np.ndarray) -> None:
+        """How far the sampler is from the trainer, once a launch; of another engine, its greedy tokens too."""
+        completions = [one for group in groups for one in group.completions]
+        if not all(rollouts.SAMPLER in one.columns for one in completions):
+            return
+        greedy = None
+        if self.args.sampler.kind != "hf":
+            prefixes = [group.prompt.tolist() for group in groups[:PARITY_PROMPTS]]
+            with self.samplers(engine).ready(self.state.global_step):
+                greedy = self.samplers(engine).greedy(prefixes, self.args.max_new_tokens)
+        scored = [row[: len(one)] for row, one in zip(logp, completions, strict=True)]
+        tell(compare([one.columns[rollouts.SAMPLER] for one in completions], scored, greedy))
 
     def _more_prompts(self, count: int, seed: int) -> list[TokenGroup]:
         dataset = self.data.train.dataset

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from align.core.errors import ConfigError
 from align.sampling.base import SamplingParams
+from align.sampling.parity import refuse_or_say
+from align.sampling.spec import Kind, SamplerSpec, unused
 from align.trainers.config import AlignConfig, _doc
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "sampler": ("hf", "vllm", "server"),
-    "rollout_keep": ("none", "last", "all"),
+logger = logging.getLogger(__name__)
+KEEP = ("none", "last", "all")
+THE_TRAINERS = {
+    "dtype": "a run samples in its own `dtype`",
+    "device": "a run samples where it trains",
+    "max_model_len": "`max_length` says it",
 }
-_POSITIVE = ("rollout_epochs", "rollout_minibatches", "max_new_tokens", "sampler_batch", "eval_prompts")
-_OF = {
-    "sampler_urls": ("server",),
-    "sampler_batch": ("hf",),
-    "gpu_memory_utilization": ("vllm",),
-    "sampler_sleep": ("vllm",),
-}
-"""Option -> the samplers that read it."""
+"""Options of a sampler that a run has itself -> why."""
+_POSITIVE = ("rollout_epochs", "rollout_minibatches", "max_new_tokens", "eval_prompts")
 
 
 @dataclass
@@ -38,24 +38,18 @@ class OnlineConfig(AlignConfig):
     temperature: float = _doc(1.0, "of sampling; log-probs are taken at it too")
     top_p: float = _doc(1.0, "smallest set of tokens with this much probability; 1: all")
     top_k: int = _doc(0, "so many likeliest tokens; 0: all")
-    sampler: str = _doc("hf", "who samples: hf, vllm (in process) or server (a running `vllm serve`)")
-    sampler_urls: list[str] | None = _doc(None, "addresses of running servers")
-    sampler_batch: int = _doc(256, "completions that `hf` draws at once")
-    sampler_sleep: bool = _doc(True, "vllm frees its memory between two phases of sampling (GPU)")
-    gpu_memory_utilization: float = _doc(0.4, "share of the GPU's memory that vllm takes")
+    sampler: Any = _doc("hf", "who samples: hf, vllm, server, or a `SamplerSpec` with its options")
     reward_weights: Mapping[str, float] | None = _doc(None, "weight of each reward by name; None: 1 each")
     shaping: list[Mapping[str, Any]] | None = _doc(None, "stages before the method's own: {name: overlong, ...}")
     eval_prompts: int = _doc(256, "held-out prompts that an evaluation samples for, at most")
-    parity_limit: float = _doc(0.02, "mean |sampler - trainer| log-prob of a token above which the run says so")
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}", mend="use one of " + ", ".join(choices))
+        if self.rollout_keep not in KEEP:
+            raise ConfigError(f"`rollout_keep` is {self.rollout_keep!r}", mend="use one of " + ", ".join(KEEP))
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}", mend="use a whole number >= 1")
-        self._refuse_unused()
+        self.sampler = self._sampler()
         if (
             self.rollout_prompts is not None
             and self.rollout_prompts != self.global_batch_size * self.rollout_minibatches
@@ -72,18 +66,23 @@ class OnlineConfig(AlignConfig):
                 why="a prompt and its completion share `max_length`",
                 mend="raise `max_length`, or lower `max_new_tokens`",
             )
-        if self.sampler == "server" and not self.sampler_urls:
-            raise ConfigError("sampler `server` without `sampler_urls`", mend="name the addresses of running servers")
         self.sampling()
         if self.temperature == 0:
             raise ConfigError("`temperature` is 0", why="all samples of a prompt would be equal", mend="use 1")
         super().__post_init__()
 
-    def _refuse_unused(self) -> None:
-        defaults = {field.name: field.default for field in fields(OnlineConfig)}
-        for name, owners in _OF.items():
-            if self.sampler not in owners and getattr(self, name) != defaults[name]:
-                raise ConfigError(f"`{name}` with sampler `{self.sampler}`", mend=f"use {owners[0]}, or remove it")
+    def _sampler(self) -> SamplerSpec:
+        kinds = get_args(Kind)
+        if isinstance(self.sampler, str) and self.sampler not in kinds:
+            raise ConfigError(f"`sampler` is {self.sampler!r}", mend="use one of " + ", ".join(kinds))
+        made = SamplerSpec(kind=self.sampler) if isinstance(self.sampler, str) else self.sampler  # type: ignore[arg-type]
+        default = {field.name: field.default for field in fields(SamplerSpec)}
+        for name, why in {**unused(made), **THE_TRAINERS}.items():
+            if getattr(made, name) != default[name]:
+                raise ConfigError(f"`sampler.{name}` is unused", why=why, mend="remove it")
+        if made.kind == "server" and not made.urls:
+            raise ConfigError("sampler `server` without `urls`", mend="name the addresses of running servers")
+        return made
 
     @property
     def prompts(self) -> int:
@@ -109,14 +108,11 @@ class OnlineConfig(AlignConfig):
         return found
 
     def check_sampling(self, method: str, ratio: bool) -> None:
-        """Refuse truncated sampling where the loss compares with the policy that sampled.
+        """Refuse truncated sampling where the loss compares with the policy that sampled, say what it means elsewhere.
 
         Raises:
             ConfigError: `top_p` or `top_k` cut the distribution, and the method's ratio is of whole ones.
         """
-        if ratio and (self.top_p < 1 or self.top_k > 0):
-            raise ConfigError(
-                f"`top_p` {self.top_p:g}, `top_k` {self.top_k} with method `{method}`",
-                why="its loss divides by the probability of a sample, and truncated sampling has another one",
-                mend="write top_p 1 and top_k 0",
-            )
+        said = refuse_or_say(self.sampling(), ratio)
+        if said:
+            logger.info("%s: %s", method, said)

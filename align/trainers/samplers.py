@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 from align.core.errors import ConfigError
 from align.core.progress import Progress, silent
 from align.methods.base import Rollouts
 from align.sampling.base import Rollout, Sampler, SamplingParams
 from align.sampling.hf import HFSampler
+from align.sampling.parity import Greedy, ParityReport, PlainForward, compare_greedy
+from align.sampling.spec import SamplerSpec
 from align.trainers.engine import Engine
 from align.trainers.online_config import OnlineConfig
 
 logger = logging.getLogger(__name__)
+PUSHED = ".weights"
+"""Folder in a run's, in which weights stand while servers take them."""
+
+
+def _nothing() -> None:
+    """One process waits for nobody."""
 
 
 class Samplers:
@@ -24,35 +33,62 @@ class Samplers:
     Args:
         by_origin: origin of a draw -> sampler.
         policy: what `sync` is given before a phase whose weights are new.
-        limit: mean difference of log-probs above which a parity report warns.
+        pushes: whether this process pushes weights; one does, where several share servers.
+        barrier: waits for all processes.
     """
 
-    def __init__(self, by_origin: Mapping[str, Sampler], policy: Any, limit: float) -> None:
+    def __init__(
+        self, by_origin: Mapping[str, Sampler], policy: Any, pushes: bool = True, barrier: Callable[[], None] = _nothing
+    ) -> None:
         self.by_origin = dict(by_origin)
-        self._policy, self._limit = policy, limit
+        self._policy, self._pushes, self._barrier = policy, pushes, barrier
         self._synced: int | None = None
 
     @contextmanager
     def ready(self, step: int) -> Iterator[Mapping[str, Sampler]]:
-        """The samplers, with the weights of optimiser step `step`."""
-        sampler = self.by_origin["policy"]
-        awake: Callable[[], AbstractContextManager[Any]] = getattr(sampler, "awake", nullcontext)
-        with awake():
-            if self._synced != step:
-                sampler.sync(self._policy)
+        """The samplers, with the weights of optimiser step `step`. A collective."""
+        sampler: Any = self.by_origin["policy"]
+        new = self._synced != step
+        if hasattr(sampler, "awake"):
+            with sampler.awake(self._policy if new else None):
                 self._synced = step
-            yield self.by_origin
-
-    def tell_parity(self, said: Mapping[str, float]) -> None:
-        """Say, once a launch, how far the sampler's log-probs are from the trainer's."""
-        if not said:
+                yield self.by_origin
             return
-        text = "sampler against trainer: mean |difference| of a token's log-prob %.2g, largest %.2g, KL %.2g nats"
-        numbers = (said["sampler/difference"], said["sampler/largest_difference"], said["sampler/kl"])
-        if said["sampler/difference"] > self._limit:
-            logger.warning(text + ": above %g; ratios and rewards of samples are off by that", *numbers, self._limit)
-        else:
-            logger.info(text, *numbers)
+        if new and self._pushes:
+            sampler.sync(self._policy)
+        self._barrier()
+        self._synced = step
+        yield self.by_origin
+
+    def greedy(self, prefixes: Sequence[Sequence[int]], max_new_tokens: int) -> Greedy:
+        """Greedy completions of the sampler, each token against the policy's own likeliest by a plain forward."""
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        drawn = [group[0] for group in self.by_origin["policy"].sample(prefixes, 1, params)]
+        return compare_greedy(drawn, PlainForward(self._policy).best(prefixes, drawn))
+
+    def close(self) -> None:
+        """Engines end, connections are closed."""
+        for sampler in self.by_origin.values():
+            end: Callable[[], None] | None = getattr(sampler, "close", None)
+            if end is not None:
+                end()
+
+
+def tell(report: ParityReport) -> None:
+    """Say, once a launch, how far the sampler's numbers are from the trainer's; loudly where that is a fault."""
+    logger.info(
+        "sampler against trainer: mean |difference| of a token's log-prob %.2g, largest %.2g, KL %.2g nats%s",
+        report.mean,
+        report.largest,
+        report.kl,
+        "" if report.greedy is None else f"; greedy completions: {_told(report.greedy)}",
+    )
+    if report.loud:
+        logger.warning("sampler and trainer disagree: %s", report.loud)
+
+
+def _told(greedy: Greedy) -> str:
+    return f"{greedy.same} of {greedy.sequences} equal, {greedy.ties} part at a tie, {greedy.different} differ"
 
 
 class InContext:
@@ -70,8 +106,6 @@ class InContext:
         progress: Progress = silent,
     ) -> list[list[Rollout]]:
         """See `Sampler.sample`."""
-        from contextlib import ExitStack
-
         with ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context())
@@ -89,14 +123,14 @@ def open_samplers(
     tokenizer: Any,
     reference: Any,
     model_name: str,
-    world: int,
+    accelerator: Any,
 ) -> Samplers:
     """The samplers that a method's draws need.
 
     Raises:
         ConfigError: the weights are cut over ranks, a sampler cannot do what a method wants, or it is not installed.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in engine.roles.parameters()) and args.sampler == "hf":
+    if any(hasattr(parameter, "ds_id") for parameter in engine.roles.parameters()) and args.sampler.kind == "hf":
         raise ConfigError(
             "sampling with `hf` from weights that are cut over ranks",
             why="every rank samples with whole weights",
@@ -104,33 +138,41 @@ def open_samplers(
         )
     compute = lambda: engine.roles.autocast(engine.device.type)  # noqa: E731
     policy = engine.roles.policy
+    world = accelerator.num_processes
     found: dict[str, Sampler] = {"policy": _policy_sampler(args, engine, tokenizer, model_name, world)}
     origins = {draw.origin for draw in asked.draws}
     if origins - {"policy"} and (reference is None or reference.model is None):
         raise ConfigError("the method samples from a reference, and the run has none", mend="leave it `frozen`")
-    if origins - {"policy"} and args.sampler != "hf":
-        logger.info("the reference samples with `hf`; `%s` has the policy's weights alone", args.sampler)
+    if origins - {"policy"} and args.sampler.kind != "hf":
+        logger.info("the reference samples with `hf`; `%s` has the policy's weights alone", args.sampler.kind)
     if "reference" in origins:
-        sampler = HFSampler(reference.model, tokenizer, args.sampler_batch)
+        sampler = HFSampler(reference.model, tokenizer, args.sampler.batch_size)
         found["reference"] = InContext(sampler, compute, reference.context)
     if "mixture" in origins:
         from align.sampling.mixture import MixtureSampler
 
         mix = next(draw.mix for draw in asked.draws if draw.origin == "mixture")
         other = None if reference.model is policy else reference.model  # None: the policy with its adapter off
-        mixed = MixtureSampler(policy, other, tokenizer, mix, args.sampler_batch)
+        mixed = MixtureSampler(policy, other, tokenizer, mix, args.sampler.batch_size)
         found["mixture"] = InContext(mixed, compute)
-    return Samplers(found, policy, args.parity_limit)
+    shared = args.sampler.kind == "server" and world > 1
+    return Samplers(
+        found, policy, not shared or accelerator.is_main_process, accelerator.wait_for_everyone if shared else _nothing
+    )
 
 
 def _policy_sampler(args: OnlineConfig, engine: Engine, tokenizer: Any, model_name: str, world: int) -> Sampler:
-    if args.sampler == "hf":
-        sampler = HFSampler(engine.roles.policy, tokenizer, args.sampler_batch)
+    if args.sampler.kind == "hf":
+        sampler = HFSampler(engine.roles.policy, tokenizer, args.sampler.batch_size)
         return InContext(sampler, lambda: engine.roles.autocast(engine.device.type))
-    if args.sampler == "server":
-        from align.sampling.server import ServerSampler
+    if args.sampler.kind == "server":
+        from align.sampling.server import ServerSampler, ServerSettings
 
-        return ServerSampler.open(args.sampler_urls or [], tokenizer)
+        push: Literal["adapter", "folder"] = "adapter" if hasattr(engine.roles.policy, "peft_config") else "folder"
+        folder = Path(args.output_dir) / PUSHED
+        spec: SamplerSpec = args.sampler
+        settings = ServerSettings(push=push, folder=folder, deadline=spec.deadline, tries=spec.retries + 1)
+        return ServerSampler.open(spec.urls, tokenizer, settings, model=spec.served_as, wait=spec.wait)
     if world > 1:
         raise ConfigError(
             "sampler `vllm` in a run of several processes",
@@ -141,11 +183,11 @@ def _policy_sampler(args: OnlineConfig, engine: Engine, tokenizer: Any, model_na
 
     return VLLMSampler.open(
         model_name,
+        tokenizer,
         dtype=args.dtype,
         max_model_len=args.max_length,
-        gpu_memory_utilization=args.gpu_memory_utilization,
+        gpu_memory_utilization=args.sampler.gpu_memory_utilization,
+        enforce_eager=args.sampler.enforce_eager,
         seed=args.seed,
+        sleep_level=1,
     )
-
-
-__all__ = ["InContext", "Samplers", "SamplingParams", "open_samplers"]

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from align.core.errors import ConfigError
 from align.methods import METHODS
 from align.sampling.base import SamplingParams
 from align.sampling.hf import HFSampler
+from align.sampling.spec import SamplerSpec
 from align.testing.steps import golden_step
 from align.testing.tiny import tiny_model, tiny_tokenizer
 from align.trainers import AlignConfig, OnlineConfig, OnlineTrainer, PreferenceTrainer
@@ -276,14 +278,24 @@ def test_temperature_is_that_of_the_log_probs_too(tmp_path: Path) -> None:
 
 
 def test_a_sampler_that_is_off_is_said_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = trainer(tmp_path, "grpo", {"num_generations": 2}, max_steps=1)
-    engine = run.engine_for(run.model)
-    samplers = run.samplers(engine)
-    with caplog.at_level(logging.INFO):
-        samplers.tell_parity({"sampler/difference": 0.2, "sampler/largest_difference": 1.0, "sampler/kl": 0.1})
-        assert caplog.records[-1].levelno == logging.WARNING and "0.2" in caplog.text
-        samplers.tell_parity({"sampler/difference": 1e-4, "sampler/largest_difference": 1e-3, "sampler/kl": 0.0})
-        assert caplog.records[-1].levelno == logging.INFO
+    class Off(HFSampler):
+        """A sampler whose log-probs are half a nat too high."""
+
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            drawn = super().sample(*args, **kwargs)
+            return [[replace(one, logp=one.logp + 0.5) for one in group] for group in drawn]
+
+    for kind, loud in ((HFSampler, False), (Off, True)):
+        caplog.clear()
+        run = trainer(tmp_path / kind.__name__, "grpo", {"num_generations": 2}, max_steps=1)
+        samplers = run.samplers(run.engine_for(run.model))
+        samplers.by_origin["policy"] = kind(run.model.policy, tiny_tokenizer())
+        with caplog.at_level(logging.INFO):
+            run.train()
+        assert ("sampler and trainer disagree" in caplog.text) is loud
+        assert "mean |difference| of a token's log-prob" in caplog.text
+        line = next(line for line in log_of(tmp_path / kind.__name__) if "sampler/difference" in line)
+        assert line["sampler/difference"] == pytest.approx(0.5 if loud else 0.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["online_dpo", "rloo"])
@@ -316,12 +328,13 @@ def test_two_processes_sample_and_train_as_one(method: str, tmp_path: Path) -> N
 
 
 REFUSED = [
-    ({"top_p": 0.9}, "`top_p` 0.9"),
+    ({"top_p": 0.9}, "top_p 0.9 with a method"),
     ({"rollout_prompts": 7}, "one number too many"),
     ({"max_new_tokens": 64}, "share `max_length`"),
     ({"temperature": 0.0}, "`temperature` is 0"),
-    ({"sampler": "server"}, "without `sampler_urls`"),
-    ({"sampler_urls": ["http://x"]}, "`sampler_urls` with sampler `hf`"),
+    ({"sampler": "server"}, "without `urls`"),
+    ({"sampler": SamplerSpec(urls=["http://x"])}, "`sampler.urls` is unused"),
+    ({"sampler": SamplerSpec(dtype="bfloat16")}, "samples in its own `dtype`"),
     ({"shaping": [{"name": "overlng"}]}, "overlong"),
     ({"sampler": "vlm"}, "use one of hf, vllm, server"),
     ({"rollout_epochs": 0}, "whole number >= 1"),
