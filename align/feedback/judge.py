@@ -73,7 +73,7 @@ class _Judge:
                 asked[place] = self.file.render(group, texts)
             except RowError as error:
                 out[place] = Failed(error.reason)
-        keys = {place: self._reply_key(one, seed) for place, one in asked.items()}
+        keys = self._reply_keys(asked, seed) if self.cache is not None else {}
         for place, key in keys.items():
             kept = self.cache.get(key) if self.cache is not None else None
             if kept is not None:
@@ -115,14 +115,15 @@ class _Judge:
             return float(np.mean(numbers))
         return next((value for value in found if isinstance(value, Failed)), Failed("the judge did not reply"))
 
-    def _reply_key(self, asked: Asked, seed: int) -> str:
-        """Of what determines the reply, and not of how it is read."""
-        file = self.file
+    def _reply_keys(self, asked: Mapping[int, Asked], seed: int) -> dict[int, str]:
+        """By number: of what determines the reply, and not of how it is read."""
+        file, model = self.file, dict(self.model.key)
         if file.read == "labels":
             way: list[Any] = ["labels", *file.labels]
         else:
             way = ["replies", file.samples, file.temperature, file.top_p, file.max_new_tokens]
-        return digest([dict(self.model.key), asked.system, asked.user, way, seed if self.draws else None])
+        drawn = seed if self.draws else None
+        return {place: digest([model, one.system, one.user, way, drawn]) for place, one in asked.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,8 +43,8 @@ class SamplerJudge:
     than the sampler reads is missing: cut, it would be another question.
 
     Args:
-        weights: names what the sampler samples from; the hash of its model where it has one here. Make another judge
-            after `sampler.sync`.
+        weights: names what the sampler samples from. By default the hash of its model as it is when a key is asked for,
+            so that a policy that is being trained is another judge after each step.
         chat_template: see `PromptEncoder`.
     """
 
@@ -57,10 +58,7 @@ class SamplerJudge:
     def __post_init__(self) -> None:
         self._encode = PromptEncoder(self.tokenizer, self.chat_template)
         self._chats = bool(self.chat_template or getattr(self.tokenizer, "chat_template", None))
-        model = getattr(self.sampler, "model", None)
-        if not self.weights and isinstance(model, nn.Module):
-            self.weights = module_hash(model)
-        if not self.weights:
+        if not self.weights and self._model is None:
             raise ConfigError(
                 "nothing says what this judge's sampler samples from", mend="give `weights`, a name or a hash"
             )
@@ -68,7 +66,14 @@ class SamplerJudge:
     @property
     def key(self) -> Mapping[str, Any]:
         template = self.chat_template or str(getattr(self.tokenizer, "chat_template", None))
-        return {"weights": self.weights, "template": digest(template)}
+        weights = self.weights or ("" if self._model is None else module_hash(self._model))
+        return {"weights": weights, "template": digest(template)}
+
+    @property
+    def _model(self) -> nn.Module | None:
+        """The sampler's model, where it is a module in this process."""
+        found = getattr(self.sampler, "model", None)
+        return found if isinstance(found, nn.Module) else None
 
     def replies(
         self, asked: Mapping[int, Asked], n: int, params: SamplingParams, heard: Heard, seeds: Mapping[int, int]
@@ -101,14 +106,15 @@ class SamplerJudge:
         tokens = label_tokens(self.tokenizer, labels)
         prefixes, failed = self._prefixes(asked, 1)
         places = list(prefixes)
-        model = getattr(self.sampler, "model", None)
+        model = self._model
         if isinstance(self.sampler, ReadsNext):
             rows = self.sampler.next_logps([prefixes[place] for place in places], tokens)
-        elif isinstance(model, nn.Module):
-            if self._prepared is None or self._prepared[0] is not model:
-                self._prepared = (model, prepare(model.eval()))
-            trees = [Tree.of(prefixes[place], [[token] for token in tokens]) for place in places]
-            rows = [[float(one[0]) for one in tree] for tree in branch_logps(*self._prepared, trees)]
+        elif model is not None:
+            with _evaluating(model):
+                if self._prepared is None or self._prepared[0] is not model:
+                    self._prepared = (model, prepare(model))
+                trees = [Tree.of(prefixes[place], [[token] for token in tokens]) for place in places]
+                rows = [[float(one[0]) for one in tree] for tree in branch_logps(*self._prepared, trees)]
         else:
             raise ConfigError(
                 f"a {type(self.sampler).__name__} does not tell the log-probs of labels",
@@ -133,6 +139,18 @@ class SamplerJudge:
             else:
                 prefixes[place] = ids
         return prefixes, failed
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, put back after: the model may be a policy in training."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def label_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:

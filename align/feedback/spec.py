@@ -143,6 +143,7 @@ class FeedbackContext:
     Attributes:
         policy, reference: whose log-probs the implicit reward is made of.
         sampler, tokenizer: the policy as its own judge.
+        weights: a name of what the sampler samples from; its model's hash is taken where it is in this process.
         folder: where relative paths of judges' files and caches start.
     """
 
@@ -151,6 +152,7 @@ class FeedbackContext:
     sampler: Callable[[], Sampler] | None = None
     tokenizer: Callable[[], Any] | None = None
     chat_template: str | None = None
+    weights: Callable[[], str] | None = None
     folder: Path | None = None
 
     def need(self, what: str, owner: str, mend: str) -> Any:
@@ -255,7 +257,8 @@ def _judge_model(spec: FeedbackSpec, context: FeedbackContext) -> JudgeModel:
     if spec.model is None:
         owner, mend = f"feedback `{spec.name}`", "give it a `model`, or a server's `url`"
         sampler, tokenizer = context.need("sampler", owner, mend), context.need("tokenizer", owner, mend)
-        return SamplerJudge(sampler, tokenizer, chat_template=context.chat_template)
+        weights = context.weights() if context.weights is not None else ""
+        return SamplerJudge(sampler, tokenizer, weights, context.chat_template)
     from align.sampling.hf import HFSampler
     from align.sampling.loading import load
     from align.sampling.prompts import PromptEncoder

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from align.core.errors import ConfigError
+from align.core.hashing import digest
 from align.feedback import FeedbackContext, open_feedback
 from align.feedback.implicit import FrozenPolicy
 from align.loops.account import Account
@@ -93,6 +94,7 @@ def judge_plan(recipe: Collect) -> JudgePlan:
         sampler=lambda: _opened(recipe).open(),
         tokenizer=lambda: _opened(recipe).tokenizer,
         chat_template=_template(recipe),
+        weights=lambda: digest(dict(_opened(recipe).key)),
     )
     kept = str(Path(recipe.output_dir).expanduser() / JUDGEMENTS)
     specs = [replace(one, cache=kept) if one.kind == "judge" and one.cache is None else one for one in recipe.feedback]

@@ -268,12 +268,27 @@ def test_a_sampler_that_fails_is_missing_and_one_that_tells_no_log_probs_is_refu
         SamplerJudge(Broken(), TOKENIZER)
 
 
+def test_a_policy_that_was_trained_is_another_judge(tmp_path):
+    sampler = HFSampler(tiny_model("llama"), TOKENIZER)
+    file = JudgeFile(**POINT, labels={"A": 1, "B": 0})
+    feedback = Scored("judge", PointJudge(file, SamplerJudge(sampler, TOKENIZER), JudgementCache(tmp_path)))
+    before, key = apply([feedback], [group("x")], 0)[0][0].rewards(), feedback.key
+    with torch.no_grad():
+        sampler.model.lm_head.weight.mul_(1.5)
+    assert feedback.key != key and feedback.scorer.cache.hits == 0
+    assert apply([feedback], [group("x")], 0)[0][0].rewards() != before
+    assert apply([feedback], [group("x")], 0)[1].counts["judge"].judged == feedback.scorer.cache.hits == 1
+
+
 def test_judging_leaves_the_sampler_as_it_was():
     sampler = HFSampler(tiny_model("llama"), TOKENIZER)
     params = SamplingParams(max_new_tokens=5, seed=3)
     before = sampler.sample([[1, 60, 70]], 2, params)
     model = SamplerJudge(sampler, TOKENIZER)
+    sampler.model.train()
+    sampler.model.lm_head.eval()
     apply([Scored("judge", PointJudge(JudgeFile(**POINT, labels={"A": 1, "B": 0}), model))], [group("x")], 0)
+    assert sampler.model.training and not sampler.model.lm_head.training
     after = sampler.sample([[1, 60, 70]], 2, params)
     assert [r.ids.tolist() for r in before[0]] == [r.ids.tolist() for r in after[0]]
 
