@@ -26,6 +26,7 @@ from align.sampling.hf import HFSampler
 from align.sampling.loading import load
 from align.sampling.prompts import PromptEncoder
 from align.testing.tiny import random_pairs, save_tiny, tiny_tokenizer
+from tests.sampling.serving import served
 
 PROMPTS = 7
 _JUDGES = '''
@@ -292,6 +293,45 @@ def test_given_answers_join_under_their_own_origin_with_the_ids_of_training(home
     assert all("margin" not in row and row["weight"] == 1.0 for row in pairs)
 
 
+def test_the_policy_judges_itself_by_its_log_ratio_to_a_reference(home, tmp_path):
+    save_tiny(tmp_path / "reference", seed=1)
+    text = (
+        f"feedback: [{{kind: implicit, name: own, reference: '{tmp_path / 'reference'}', beta: 0.3}}]\n"
+        "pairs: {rule: best_worst}\n"
+    )
+    go(recipe(home, tmp_path, rows_of(), text, n=2), "sample", "judge", "pairs")
+    models = [load(str(folder)).model for folder in (home / "model", tmp_path / "reference")]
+    for group in groups(tmp_path)[::3]:
+        for answer in group.answers:
+            ids, start = torch.tensor([[*group.prompt_ids, *answer.ids]]), len(group.prompt_ids)
+            own, other = (
+                model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)[range(len(answer)), answer.ids.tolist()]
+                for model in models
+            )
+            assert answer.rewards["own"] == pytest.approx(0.3 * float((own - other).sum()), rel=1e-4)
+
+
+def test_the_policy_replies_as_its_own_judge(home, tmp_path):
+    (tmp_path / "ab.yaml").write_text(
+        "mode: pointwise\nread: labels\nabout: words\nprompt: '{{ prompt }} {{ answer }}'\n"
+        "labels: {a: 1, b: 0}\nlow: 0\nhigh: 1\n"
+    )
+    text = f"feedback: [{{kind: judge, name: self, file: '{tmp_path / 'ab.yaml'}'}}]\n"
+    path = recipe(home, tmp_path, rows_of(conversational=True), text, n=2)
+    judged = go(path, "sample", "judge")
+    assert judged.of("judged") == {"self": 14}
+    loaded = load(str(home / "model"))
+    encoder = PromptEncoder(loaded.tokenizer)
+    a, b = (loaded.tokenizer.convert_tokens_to_ids(token) for token in "ab")
+    for group in groups(tmp_path)[::3]:
+        for answer in group.answers:
+            asked = [{"role": "user", "content": f"{group.prompt[0]['content']} {answer.text}"}]
+            logits = loaded.model(torch.tensor([encoder(asked)])).logits[0, -1].double()
+            assert answer.rewards["self"] == pytest.approx(float(torch.sigmoid(logits[a] - logits[b])), rel=1e-4)
+    kept = sum(len(file.read_text().splitlines()) for file in (tmp_path / "run" / "judgements").glob("*.jsonl"))
+    assert kept == 14, "every reply is kept without being asked to"
+
+
 def test_the_top_answers_are_demonstrations(home, tmp_path):
     text = "feedback: [{name: stage_judges:plain}]\npairs: {rule: top}\n"
     path = recipe(home, tmp_path, rows_of(), text)
@@ -372,21 +412,40 @@ def test_greedy_answers_are_drawn_once():
     assert stages.SampleSpec(n=1, temperature=0.0).n == 1
 
 
-@pytest.mark.slow
-def test_vllm_samples_for_the_same_stage(tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    shape = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    save_tiny(tmp_path / "model", "qwen3", **shape)
-    text = "sampler: {kind: vllm, max_model_len: 256, enforce_eager: true}\npairs: {rule: by_origin}\n"
-    path = recipe(tmp_path, tmp_path, rows_of(conversational=True), text, n=2, data_answers=True)
-    done = go(path, "sample")
-    assert done.of("answers")["sampled"] == 2 * PROMPTS and done.of("answers")["data"] == 2 * PROMPTS
-    model = load(str(tmp_path / "model")).model
-    for group in groups(tmp_path, "samples")[:2]:
+SERVED = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def answers_score_as_sampled(folder):
+    """Log-probs of the first answers, by a forward pass of the model."""
+    model = load(str(folder / "model")).model
+    for group in groups(folder, "samples")[:2]:
         first, second = group.answers[:2]
         assert first.text != second.text
         ids = torch.tensor([[*group.prompt_ids, *first.ids]])
         logp = model(ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
         wanted = logp[range(len(first)), first.ids.tolist()].detach().numpy()
         np.testing.assert_allclose(first.logp, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_vllm_samples_for_the_same_stage(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    save_tiny(tmp_path / "model", "qwen3", **SERVED)
+    text = "sampler: {kind: vllm, max_model_len: 256, enforce_eager: true}\npairs: {rule: by_origin}\n"
+    path = recipe(tmp_path, tmp_path, rows_of(conversational=True), text, n=2, data_answers=True)
+    done = go(path, "sample")
+    assert done.of("answers")["sampled"] == 2 * PROMPTS and done.of("answers")["data"] == 2 * PROMPTS
+    answers_score_as_sampled(tmp_path)
     assert go(path, "sample").before == 3 and go(path, "pairs").of("pairs")["pairs"] == 2 * PROMPTS
+
+
+@pytest.mark.slow
+def test_a_server_samples_for_the_same_stage(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    save_tiny(tmp_path / "model", "qwen3", **SERVED)
+    rows = rows_of(conversational=True)
+    with served(tmp_path / "model", "--max-model-len", "512", "--logprobs-mode", "processed_logprobs") as url:
+        path = recipe(tmp_path, tmp_path, rows, f"sampler: {{kind: server, urls: ['{url}'], deadline: 60}}\n", n=2)
+        assert go(path, "sample").of("answers")["sampled"] == 2 * PROMPTS
+    answers_score_as_sampled(tmp_path)
+    assert go(path, "sample").before == 3, "nobody is asked again"
