@@ -67,7 +67,8 @@ START = {"dpo": 0.693147, "tdpo": 0.693147, "kto": 0.5, "bco": 0.693147, "lipo":
 def test_every_method_trains_from_preferences_and_its_loss_falls(name, model, rows, tmp_path):
     # `singles` of a pair data set: chosen is desirable, rejected is not; dro_v reads the label as a 0/1 reward.
     needs = METHODS.get(name)().requires()
-    beside = {"samples", "contrasts", "probability"} & needs
+    beside = {"samples", "contrasts", "probability", "margin"} & needs
+    beside |= {"reward"} & needs if METHODS.get(name).view == "pairs" else set()
     data = rows_for(METHODS.get(name)(), seed=0) if beside else rows
     args = arguments(tmp_path, max_steps=15, shuffle=False, learning_rate=3e-3)
     if "anchor.guide" in METHODS.get(name)().requires():
