@@ -26,7 +26,7 @@ class OnlineDPO(Method):
     moves, summed over tokens; no gradient goes through sampling. `hard` takes the likelier winner and leaves ties out:
     the policy then plays the game in which a majority is a certainty, another one than the judge's where preferences
     are intransitive. `sampled` draws the winner from the judge's P, `prob` takes the mean over such draws and keeps
-    ties. Two equal answers are a pair without gradient that still counts. With `ipo` the policy stops at the
+    ties. Two equal answers have no gradient: the trainer leaves them out. With `ipo` the policy stops at the
     regularised Nash equilibrium of temperature beta; with `sigmoid` near that of beta / 4, for sigmoid(z) is about
     1/2 + z / 4. The paper's beta is 0.1 with `sigmoid`, 1 with `ipo`, 0.002 with `hinge`, at temperature 0.9; its judge
     is asked in both orders. Source: arXiv 2402.04792, Sections 2 and 3.
