@@ -10,14 +10,14 @@ import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from align.core.errors import ConfigError, suggestion
+from align.core.errors import AlignError, ConfigError, suggestion
 from align.feedback.base import Failed
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-HANGS = 5
-"""Calls in a row that may run out of time before the rest is not tried any more."""
+HOPELESS = 3
+"""Items in a row that may fail alone, in a way that costs time, before the rest is not tried any more."""
 
 
 class Hung(Exception):
@@ -105,30 +105,39 @@ def accepted(
     return {name: value for name, value in given.items() if name in names}
 
 
-def each(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], batch: int, owner: str) -> list[R | Failed]:
+def each(
+    work: Callable[[Sequence[T]], Sequence[R]],
+    items: Sequence[T],
+    batch: int,
+    owner: str,
+    costly: tuple[type[BaseException], ...] = (Hung,),
+) -> list[R | Failed]:
     """`work` on batches of at most `batch` items; one result, or why there is none, per item.
 
     A batch on which `work` raises, runs out of time or dies is halved until the items that make it fail stand alone.
-    After `HANGS` calls in a row that ran out of time the rest is not tried.
+
+    Args:
+        costly: errors that cost time. After `HOPELESS` items in a row that failed alone with one of them, the rest is
+            not tried.
     """
     out: dict[int, R | Failed] = {}
     waiting = [list(range(start, min(start + batch, len(items)))) for start in range(0, len(items), batch)][::-1]
-    hangs = 0
+    lost = 0
     while waiting:
         part = waiting.pop()
-        if hangs >= HANGS:
-            out |= dict.fromkeys(part, Failed(f"not tried: {HANGS} calls in a row ran out of time"))
+        if lost >= HOPELESS:
+            out |= dict.fromkeys(part, Failed(f"not tried: {HOPELESS} in a row had failed"))
             continue
         try:
             out |= dict(zip(part, work([items[i] for i in part]), strict=True))
-            hangs = 0
+            lost = 0
             continue
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's own code: it costs its own rows
             failed = _failed(error)
-            hangs = hangs + 1 if isinstance(error, Hung) else 0
             if len(part) == 1:
+                lost = lost + 1 if isinstance(error, costly) else 0
                 _log.warning("%s: %s%s", owner, failed.reason, _where(error))
         if len(part) == 1:
             out[part[0]] = failed
@@ -149,6 +158,8 @@ def _failed(error: BaseException) -> Failed:
         return Failed("no answer before the deadline")
     if isinstance(error, Died):
         return Failed("its process died")
+    if isinstance(error, AlignError):
+        return Failed(f"raised {type(error).__name__}: {error.what}")
     return Failed(f"raised {type(error).__name__}")
 
 

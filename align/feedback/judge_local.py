@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from align.core.errors import AlignError, ConfigError
 from align.core.hashing import digest
 from align.data.rows import RowError
 from align.feedback.base import Failed
+from align.feedback.calling import each
 from align.feedback.judge import Heard
 from align.feedback.judge_file import Asked
 from align.reference.weights_hash import module_hash
@@ -22,8 +22,6 @@ from align.sampling.prompts import PromptEncoder
 from align.scoring.backends import Backend, prepare
 from align.scoring.branches import branch_logps
 from align.scoring.layout import Tree
-
-_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -82,20 +80,24 @@ class SamplerJudge:
         prefixes, failed = self._prefixes(asked, params.max_new_tokens)
         if not prefixes:
             return failed
-        # A draw depends on the number of its prefix: questions that were answered before hold their numbers with 0.
         size = max(prefixes) + 1
         filler = next(iter(prefixes.values()))
         every = [prefixes.get(place, filler) for place in range(size)]
-        counts = [n if place in prefixes else 0 for place in range(size)]
-        each = [replace(params, seed=seeds.get(place, params.seed)) for place in range(size)]
-        try:
-            found = self.sampler.sample(every, counts, each)
-        except AlignError as error:
-            _log.warning("the judge's sampler failed: %s", error)
-            return failed | dict.fromkeys(prefixes, Failed(f"the judge failed: {error.what}"))
-        for place in prefixes:
-            heard(place, [rollout.text for rollout in found[place]])
-        return failed
+        own = [replace(params, seed=seeds.get(place, params.seed)) for place in range(size)]
+
+        def sample(places: Sequence[int]) -> list[bool]:
+            # A draw depends on the number of its prefix: the others keep their numbers, with no reply.
+            counts = [0] * size
+            for place in places:
+                counts[place] = n
+            found = self.sampler.sample(every, counts, own)
+            for place in places:
+                heard(place, [rollout.text for rollout in found[place]])
+            return [True] * len(places)
+
+        places = list(prefixes)
+        done = each(sample, places, len(places), "the judge's sampler", (AlignError,))
+        return failed | {place: one for place, one in zip(places, done, strict=True) if isinstance(one, Failed)}
 
     def label_logps(self, asked: Mapping[int, Asked], labels: Sequence[str], heard: Heard) -> dict[int, Failed]:
         """See `JudgeModel.label_logps`.

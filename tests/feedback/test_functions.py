@@ -174,7 +174,13 @@ def test_a_function_that_hangs_on_everything_is_not_waited_for_each_time(module)
     _, account = judged("acting", [group(*["hang"] * 40)], deadline=0.2)
     missing = account.counts["user_rewards:acting"].missing
     assert sum(missing.values()) == 40 and time.monotonic() - started < 10
-    assert missing["not tried: 5 calls in a row ran out of time"] >= 30
+    assert missing["not tried: 3 in a row had failed"] >= 30
+
+
+def test_a_row_that_hangs_first_of_many_costs_itself_alone(module):
+    found, account = judged("acting", [group("hang", *["good"] * 63)], deadline=0.2)
+    assert account.counts["user_rewards:acting"].missing == {"no answer before the deadline": 1}
+    assert math.isnan(found[0][0]) and found[0][1:] == [4] * 63
 
 
 def test_a_function_that_dies_or_hangs_in_a_process_of_its_own(module, capfd):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.core.errors import AlignError, ConfigError
+from align.core.errors import ConfigError, SamplerError
 from align.feedback import FeedbackContext, FeedbackSpec, apply, open_feedback
 from align.feedback.base import Failed
 from align.feedback.cache import JudgementCache
@@ -255,17 +255,44 @@ def test_a_sampler_that_fails_is_missing_and_one_that_tells_no_log_probs_is_refu
         capabilities = frozenset()
 
         def sample(self, prefixes, n, params, progress=None):
-            raise AlignError("the engine is gone")
+            raise SamplerError("the engine is gone")
 
     model = SamplerJudge(Broken(), TOKENIZER, weights="broken")
     file = JudgeFile(**POINT, read="regex", pattern="(a)", labels={"a": 1})
     judged, account = apply([Scored("judge", PointJudge(file, model))], [group("x", "y")], 0)
     assert np.isnan(judged[0].rewards()).all()
-    assert account.counts["judge"].missing == {"the judge failed: the engine is gone": 2}
+    assert account.counts["judge"].missing == {"raised SamplerError: the engine is gone": 2}
     with pytest.raises(ConfigError, match="does not tell the log-probs"):
         apply([Scored("judge", PointJudge(JudgeFile(**POINT, labels={"A": 1, "B": 0}), model))], [group("x")], 0)
     with pytest.raises(ConfigError, match="nothing says what"):
         SamplerJudge(Broken(), TOKENIZER)
+
+
+def test_a_question_that_breaks_the_sampler_costs_itself_alone_and_moves_no_other():
+    class Picky(HFSampler):
+        calls = 0
+
+        def sample(self, prefixes, n, params, progress=None):
+            self.calls += 1
+            if any(len(prefix) == longest and count for prefix, count in zip(prefixes, n, strict=True)):
+                raise SamplerError("out of memory")
+            return super().sample(prefixes, n, params)
+
+    letters = {chr(97 + n): n for n in range(26)}
+    sampled = {"read": "regex", "pattern": r"([a-z])", "temperature": 1.0, "max_new_tokens": 12}
+    file = JudgeFile(**POINT, **sampled, labels=letters)
+    texts = ["one", "two", "an answer that is longer than all others", "four", "five"]
+    whole, _ = apply([Scored("judge", PointJudge(file, judge()))], [group(*texts)], 1)
+    asked = [file.render(whole[0], (text,)) for text in texts]
+    model = judge()
+    longest = max(len(model._encode(one.messages)) for one in asked)
+    model.sampler = Picky(model.sampler.model, TOKENIZER)
+    judged, account = apply([Scored("judge", PointJudge(file, model))], [group(*texts)], 1)
+    expected_rewards = whole[0].rewards()
+    assert np.isfinite(expected_rewards).sum() >= 3
+    expected_rewards[2] = np.nan
+    np.testing.assert_array_equal(judged[0].rewards(), expected_rewards)
+    assert account.counts["judge"].missing["raised SamplerError: out of memory"] == 1 and model.sampler.calls > 2
 
 
 def test_a_policy_that_was_trained_is_another_judge(tmp_path):
