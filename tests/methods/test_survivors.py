@@ -144,7 +144,9 @@ def test_an_undeclared_column_is_refused() -> None:
 def test_which_methods_take_ties() -> None:
     """No column, but leave to see pairs of which neither is better: with a probability of one half in the loss."""
     take = {name for name in METHODS.entries() if "ties" in METHODS.get(name)().requires()}
-    assert take == {"robust_bt", "smpo", "soft_dpo"}
+    assert take == {"robust_bt", "smpo", "soft_dpo", "dno"}
+    for name in ("online_dpo", "online_ipo"):
+        assert "ties" in METHODS.get(name)(label="prob").requires()
 
 
 REWARDS: dict[str, tuple[dict[str, Any], float]] = {
