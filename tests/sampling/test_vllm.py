@@ -253,6 +253,18 @@ def test_parity_is_quiet_after_a_push_and_loud_without_one(sampler):
     assert "do not agree" in stale.loud and "greedy completions differ" in stale.loud and stale.kl > 0.01
 
 
+def test_keys_and_values_of_old_weights_are_forgotten(sampler):
+    """The engine keeps whole blocks of 128 tokens of a prefix, those of the weights that computed them."""
+    long = [[1, *range(40, 190)]]
+    for seed in (0, 1):
+        policy = model(seed)
+        sampler.sync(policy)
+        params = SamplingParams(max_new_tokens=16, seed=3)
+        first = sampler.sample(long, 2, params)
+        assert parity(sampler, long, params, PlainForward(policy).logp, n=2).largest < 1e-4
+        assert ids_of(first) == ids_of(sampler.sample(long, 2, params))
+
+
 def test_sampling_hears_progress_and_refuses_what_cannot_be_drawn(sampler):
     sampler.sync(model())
     heard = []

@@ -106,6 +106,9 @@ def test_tied_matrices_go_once_and_cannot_be_torn_apart():
     torn = adapted(base=tiny_model("qwen3", tie_word_embeddings=True), **KINDS["embeddings"])
     with pytest.raises(ModelError, match="one of two tied matrices"):
         list(full_weights(torn))
+    torn = adapted(base=tiny_model("qwen3", tie_word_embeddings=True), **LORA | {"target_modules": ["lm_head"]})
+    with pytest.raises(ModelError, match="one of two tied matrices"):
+        list(full_weights(torn))
 
 
 def test_a_saved_folder_is_the_policy(tmp_path):
