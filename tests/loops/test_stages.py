@@ -58,10 +58,14 @@ def unreliable(prompts, completions, completion_ids, mark, **columns):
         os._exit(7)
     return [{"nonsense": "very good", "silent": None, "endless": float("inf")}.get(what, 1.0) for _ in completions]
 
-def asked(prompts, completions, folder, **columns):
+def longest(prompts, completions, **columns):
+    return [float(len(answer)) for answer in completions]
+
+def asked(prompts, completions, folder, place, **columns):
     with open(Path(folder[0]) / "asked.txt", "a") as file:
         file.writelines(f"{text!r}\\n" for text in completions)
-    return [None if (Path(folder[0]) / "broken").exists() and i else 1.0 for i in range(len(completions))]
+    broken = place[0] > 2 and (Path(folder[0]) / "broken").exists()
+    return [None if broken and i else 1.0 for i in range(len(completions))]
 '''
 
 
@@ -259,17 +263,20 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(home, tmp
 
 def test_missing_judgements_are_asked_for_again_where_that_is_wanted_and_no_others(home, tmp_path):
     text = f"feedback: [{{name: stage_judges:asked, batch: 3, cache: {tmp_path / 'kept'}}}]\n"
-    path = recipe(home, tmp_path, rows_of(folder=str(tmp_path)), text)
+    rows = [row | {"folder": str(tmp_path), "place": place} for place, row in enumerate(rows_of())]
+    path = recipe(home, tmp_path, rows, text)
     (tmp_path / "broken").touch()
-    asked = tmp_path / "asked.txt"
+    asked, part = tmp_path / "asked.txt", tmp_path / "run" / "judged" / "part-000000.parquet"
     first = go(path, "sample", "judge")
-    assert first.of("judged") == {"stage_judges:asked": 7} and len(asked.read_text().splitlines()) == 21
+    assert first.of("judged") == {"stage_judges:asked": 9 + 4} and len(asked.read_text().splitlines()) == 21
+    before = part.stat().st_mtime_ns
     again = go(path, "judge")
     assert again.before == 3 and len(asked.read_text().splitlines()) == 21
     (tmp_path / "broken").unlink()
     last = go(path, "judge", retry_missing=True)
     assert last.of("judged") == {"stage_judges:asked": 21} and not last.of("lost")
-    assert len(asked.read_text().splitlines()) == 21 + 14, "the seven that were judged cost nothing again"
+    assert last.before == 1 and part.stat().st_mtime_ns == before, "a chunk that lacks nothing stays"
+    assert len(asked.read_text().splitlines()) == 21 + 8, "what was judged costs nothing again"
 
 
 def test_given_answers_join_under_their_own_origin_with_the_ids_of_training(home, tmp_path):
@@ -346,6 +353,33 @@ def test_the_top_answers_are_demonstrations(home, tmp_path):
     best = sorted((number(one.text) for group in groups(tmp_path) for one in group.answers), reverse=True)[:4]
     assert share.of("pairs")["demonstrations"] == 4
     assert sorted((number(row["completion"]) for row in pairs_in(tmp_path)), reverse=True) == best
+
+
+def test_the_pairs_of_a_prompt_share_weight_one(home, tmp_path):
+    path = recipe(home, tmp_path, rows_of(), "pairs: {rule: by_origin}\n", n=3, data_answers=True)
+    go(path, "sample", "pairs")
+    rows = pairs_in(tmp_path)
+    assert [row["weight"] for row in rows] == [1 / 3] * (3 * PROMPTS)
+    data = prepare_data([str(tmp_path / "run" / "pairs")], Tokeniser(tiny_tokenizer(), "pairs"))
+    assert data.dataset[4].preferences[0].weight == pytest.approx(1 / 3)
+
+
+def test_weights_order_the_answers_and_judges_held_out_do_not(home, tmp_path):
+    text = (
+        "feedback:\n  - {name: stage_judges:plain, weight: -1.0}\n"
+        "  - {name: stage_judges:longest, held_out: true, weight: 100.0}\n"
+        "pairs: {rule: best_worst, scale: 3.0, reward: win_rate}\n"
+    )
+    go(recipe(home, tmp_path, rows_of(), text), "sample", "judge", "pairs")
+    for group, row in zip(groups(tmp_path), pairs_in(tmp_path), strict=True):
+        values = [-number(answer.text) for answer in group.answers]
+        assert [one.rewards["stage_judges:longest"] for one in group.answers] == [len(a.text) for a in group.answers]
+        best, worst = values.index(max(values)), values.index(min(values))
+        assert (row["chosen"], row["rejected"]) == (group.answers[best].text, group.answers[worst].text)
+        for side, k in (("chosen", best), ("rejected", worst)):
+            wins = [1 / (1 + math.exp(-3.0 * (values[k] - other))) for other in values]
+            assert row[f"{side}_reward"] == pytest.approx(sum(wins) / 3, rel=1e-12), "SPPO: with itself as 1/2"
+            assert row["provenance"][side]["score"] == values[k]
 
 
 def test_ties_are_dropped_and_counted_prompt_by_prompt(home, tmp_path):
