@@ -136,14 +136,11 @@ class _Collector(SectionReader):
 
     def judges(self, item: Item) -> tuple[FeedbackSpec, ...] | None:
         """The section `feedback`: a list of judges, or one."""
-        entries = item.value if isinstance(item.value, list) else [item]
-        if not entries:
-            self.fault("`feedback` is empty", item, "name a reward function, a reward model or a judge")
-        found = [self.together(FeedbackSpec, f"feedback.{number}", entry) for number, entry in enumerate(entries)]
-        names = [one.name for one in found if one is not None]
-        for name in {name for name in names if names.count(name) > 1}:
+        found = self.feedback(item)
+        names = [one.name for one in found or ()]
+        for name in sorted({name for name in names if names.count(name) > 1}):
             self.fault(f"two entries of `feedback` are named `{name}`", item, "give each a `name` of its own")
-        return None if not found or None in found else tuple(found)
+        return found
 
     def together(self, cls: type, owner: str, item: Item) -> Any:
         """A section whose options are checked against each other too."""
