@@ -114,6 +114,12 @@ def _model_rows(model: dict[str, Any]) -> list[list[str]]:
     rows.append(["attention back end", f"{model['backend']}: {model['backend_reason']}"])
     rows.append(["reference", model["reference"] or "none: the method reads none"])
     zero = model["step_zero"]
+    if "sampled" in model:
+        told = model["sampled"]
+        size = f"{told['answers']} answers to {told['prompts']} prompts, {told['tokens']:.1f} tokens each"
+        cut = f"{told['truncated']:.0%} cut" if told["truncated"] else "none cut"
+        off = f"log-probs at most {told['largest_difference']:.2g} nats from the trainer's"
+        return [*rows, ["sampling", f"{size}, {cut}; {off}"]]
     if zero is None:
         return [*rows, ["step zero", "no usable row"]]
     size = f"{zero['rows']} rows, {zero['answers']} answers, {zero['scored_tokens']:,} scored tokens"

@@ -20,6 +20,8 @@ from align.recipe.sections import Eval, Recipe
 ROWS, SAMPLE = 200_000, 5_000
 """Rows read of each stream, and rows of them whose tokens are counted, evenly spaced."""
 _BATCHES = 20
+LOOKED_AT = 4
+"""Prompts that are sampled for, and judged by nobody, where a method samples."""
 _KNOWN_AT_ZERO = {
     "dpo": ("log 2", lambda options: math.log(2)),
     "ipo": ("1 / (4 tau^2)", lambda options: 1 / (4 * options["tau"] ** 2)),
@@ -67,8 +69,9 @@ def check(recipe: Recipe, *, with_model: bool = True, watch: Watch = unwatched) 
         args = arguments(apart)
         tokenizer = load_tokenizer(model_path(recipe), args.trust_remote_code)
         tokenise = tokeniser_for(tokenizer, method, args)
-        plan = Plan(method.view, method.requires(), recipe.data.pairs, ROWS, SAMPLE, tokenise)
-        named = {"train": streams(recipe.data.train)}
+        needs = frozenset() if method.rollouts() else method.requires()
+        plan = Plan(tokenise.view, needs, recipe.data.pairs, ROWS, SAMPLE, tokenise)
+        named = {"train": streams(recipe.data.trained)}
         if recipe.data.eval:
             named["eval"] = streams(recipe.data.eval)
         found = examine(named, plan, watch)
@@ -111,10 +114,10 @@ def _train_side(recipe: Recipe, found: Examination, tokenise: Any, method: Any) 
 
     opened = found.opened["train"]
     dataset = GroupDataset([one.source for one in opened], [one.reader for one in opened], tokenise)
-    mixture = mixture_of([len(one.source) for one in opened], [stream.weight for stream in recipe.data.train])
+    mixture = mixture_of([len(one.source) for one in opened], [stream.weight for stream in recipe.data.trained])
     prepared = PreparedData(dataset, "", {}, RejectedLog(None, 1.0), mixture)
     units = 1
-    if method.view == "singles":
+    if method.view == "singles" and method.rollouts() is None:
         units = max((len(answers) for _, answers in found.shapes["train"]), default=1)
     return DataSide(prepared, units)
 
@@ -135,8 +138,17 @@ def _run(recipe: Recipe, method: Any, args: Any, side: Any, found: Examination) 
         "epochs": round(steps / per_epoch, 3),
         "global_batch_size": recipe.train.global_batch_size,
         "rows_per_step": rows,
-        **_batches(found.shapes["train"], rows, method, args, recipe.train.seed),
+        **_batches(_shapes(found, method, args), rows, method, args, recipe.train.seed),
     }
+
+
+def _shapes(found: Examination, method: Any, args: Any) -> Sequence[tuple[int, tuple[int, ...]]]:
+    """(prompt, answers) in tokens of the sampled rows; what is sampled counts as long as it may become."""
+    asked = method.rollouts()
+    if asked is None:
+        return found.shapes["train"]
+    answers = 1 if asked.select == "first" else sum(draw.count for draw in asked.draws)
+    return [(prompt, (args.max_new_tokens,) * answers) for prompt, _ in found.shapes["train"]]
 
 
 def _batches(
@@ -222,6 +234,9 @@ def _look_at_model(checked: Checked, recipe: Recipe, method: Any, side: Any) -> 
     }
     rows = side.prepared.sampler(side.rows_per_step(recipe.train.global_batch_size), recipe.train.seed)
     groups = _first_groups(side.dataset, rows)
+    if method.rollouts() is not None:
+        checked.model |= {"step_zero": None, "sampled": trainer.look(engine, groups[:LOOKED_AT])}
+        return
     checked.model["step_zero"], checked.failed = _step_zero(trainer, engine, groups) if groups else (None, None)
 
 

@@ -53,14 +53,18 @@ class Collector:
 
     def __call__(self, prompts: Sequence[TokenGroup], seed: int, iteration: int) -> tuple[list[RolloutGroup], Account]:
         """The prompts with all their answers, judged, in their order; and an account of the judging. A collective."""
+        groups = self.draw(prompts, seed, iteration)
+        judged, account = apply(self.feedbacks, groups, derive(seed, "feedback") % _SEEDS)
+        return self._of_all(judged, len(prompts)), account
+
+    def draw(self, prompts: Sequence[TokenGroup], seed: int, iteration: int) -> list[RolloutGroup]:
+        """The answers to this rank's part of the prompts, which nobody has judged."""
         mine = [place for place in range(len(prompts)) if place % self.world == self.rank]
         answers: list[list[Answer]] = [[] for _ in prompts]
         for number, draw in enumerate(self.asked.draws):
             for place, own in self._drawn(prompts, mine, draw, number, seed):
                 answers[place] += own
-        groups = [_rollout_group(prompts[place], answers[place], iteration) for place in mine]
-        judged, account = apply(self.feedbacks, groups, derive(seed, "feedback") % _SEEDS)
-        return self._of_all(judged, len(prompts)), account
+        return [_rollout_group(prompts[place], answers[place], iteration) for place in mine]
 
     def _drawn(
         self, prompts: Sequence[TokenGroup], mine: Sequence[int], draw: Draw, number: int, seed: int

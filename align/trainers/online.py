@@ -227,6 +227,25 @@ class OnlineTrainer(PreferenceTrainer):
         self._tell(metrics)
         return trained
 
+    def look(self, engine: Engine, prompts: Sequence[TokenGroup]) -> dict[str, Any]:
+        """Sample for a few prompts, ask nobody, and score: what a check can say of a run that samples."""
+        with self.samplers(engine).ready(self.state.global_step) as samplers:
+            collect = Collector(self.asked, samplers, self.feedbacks, self.args.sampling(), models=self._models())
+            drawn = [_of_policy(group) for group in collect.draw(prompts, derive(self.args.seed, "look"), 0)]
+        groups = [rollouts.token_group(group) for group in drawn]
+        share = engine.share(groups)
+        with torch.no_grad():
+            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        said = mismatch(groups, found["logp"].double().cpu().numpy())
+        answers = [one for group in drawn for one in group.answers]
+        return {
+            "prompts": len(drawn),
+            "answers": len(answers),
+            "tokens": float(np.mean([len(one) for one in answers])),
+            "truncated": float(np.mean([not one.finished for one in answers])),
+            "largest_difference": said["sampler/largest_difference"],
+        }
+
     def _scored(self, engine: Engine, groups: list[TokenGroup]) -> tuple[list[TokenGroup], dict[str, float]]:
         """The groups with `old_logp` and `ref_logp`, and how far the sampler is from the trainer. One pass without
         gradient, where something reads it: several steps, a reference in the rewards, the first batch of a launch."""
