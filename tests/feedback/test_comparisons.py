@@ -91,6 +91,8 @@ def test_a_missing_match_leaves_no_winner_and_one_that_is_not_played_costs_nothi
     holed[needed[5]] = np.nan
     assert tournament(holed).winner is None and not tournament(holed).kept
     assert list(play(1)) == []
+    # Of two answers the first match is the last, and is played once.
+    assert tournament(random_matrix(2)).compared == ((0, 1),)
 
 
 def loop_tau(a, b):

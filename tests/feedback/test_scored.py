@@ -12,6 +12,7 @@ import pytest
 from align.core.errors import CheckpointError, ConfigError, FeedbackError
 from align.data.comparisons import tournament
 from align.feedback import Account, Verdict, apply
+from align.feedback.base import Failed
 from align.feedback.cache import JudgementCache
 from align.feedback.pairwise import FromRewards
 from align.feedback.scored import Compared, Scored
@@ -141,6 +142,16 @@ def test_a_pair_of_which_one_order_failed_is_missing_and_no_other():
     assert account.counts["longer"].missing == {"no": 2} and account.counts["longer"].asked == 9
 
 
+def test_one_order_alone_is_no_judgement():
+    class HalfDeaf(Longer):
+        def compare(self, matches, seed, progress=None):
+            return [Failed("no") if m.texts[0] == "ee" else self.p(*m.texts) for m in matches]
+
+    judged, account = apply([Compared("half", HalfDeaf())], [group("d", "ee", "fff")], 0)
+    assert np.isnan(judged[0].wins).tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+    assert account.counts["half"].missing == {"no": 2}
+
+
 def test_fewer_opponents_ask_for_fewer_comparisons():
     one = group(*("x" * n for n in range(1, 9)), row=7)
     asked = {}
@@ -197,9 +208,13 @@ def test_preferences_out_of_rewards():
 
 
 def test_two_who_compare_are_averaged_and_a_gap_of_one_is_a_gap():
+    class Sure(Longer):
+        def compare(self, matches, seed, progress=None):
+            return [self.p(*match.texts) for match in matches]
+
     one = group("d", "ee", "fail", row=1)
     hard = FromRewards(Scored("hard", Lengths()), "hard")
-    judged, _ = apply([Compared("longer", Longer()), hard], [one], 0)
+    judged, _ = apply([Compared("longer", Sure()), hard], [one], 0)
     assert judged[0].wins[1, 0] == pytest.approx((1 / (1 + math.exp(-1)) + 1) / 2)
     assert np.isnan(judged[0].wins[0, 2])
 
