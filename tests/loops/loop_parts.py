@@ -46,7 +46,7 @@ def write(folder: Path, model: Path, output: str, section: dict[str, Any], **sec
     plain = {
         "model": {"name": str(model)},
         "data": {"prompts": ["prompts.jsonl"], "max_length": 128},
-        "sample": {"max_new_tokens": 24, "chunk": 4} | sections.pop("sample", {}),
+        "sample": {"max_new_tokens": 20, "chunk": 4} | sections.pop("sample", {}),
         "train": {"global_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "save_steps": 1, "logging_steps": 1}
         | sections.pop("train", {}),
         "output_dir": output,

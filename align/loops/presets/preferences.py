@@ -89,20 +89,6 @@ class DNOPrct(Preset):
     }
 
 
-@loop("rebel", paper="2404.16767")
-class Rebel(Preset):
-    """Regression of the difference of log-ratios to the difference of rewards, against the policy that sampled.
-
-    The form with large batches: of five samples the best and the worst. eta and the scale of the reward are one
-    parameter; the published runs took eta 1e6, whose target no round reaches. Source: arXiv 2404.16767 and its code.
-    """
-
-    sample: ClassVar[Mapping[str, Any]] = {"n": 5, "temperature": 0.8}
-    pairs: ClassVar[Mapping[str, Any]] = {"rule": "best_worst"}
-    method: ClassVar[Mapping[str, Any]] = {"name": "rebel"}
-    loop: ClassVar[Mapping[str, Any]] = {"rounds": 3, "take": "disjoint", "reference": "previous"}
-
-
 @loop("raft", paper="2304.06767")
 class RAFT(Preset):
     """Reward-ranked fine-tuning: sft on the best of K own samples, and nothing pushed down.
