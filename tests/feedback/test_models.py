@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from align.core.errors import ConfigError, DataError, ModelError
@@ -69,6 +70,34 @@ def test_rewards_are_those_of_single_sequences_whatever_the_batch(family, pad):
         assert account.counts["rm"].judged == 6
     assert model.config.pad_token_id == pad
     assert np.ptp(np.concatenate([np.array(numbers) for numbers in expected])) > 1e-3
+
+
+def test_a_model_of_the_bert_kind_reads_a_pair_of_texts_and_no_padding():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    template = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**template)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("bert", vocab_size=320, num_labels=1, pad_token_id=0, **small, initializer_range=0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+    one = group("Because the cat builds the bridge.", "No.", prompt="Is it true?")
+    judged, _ = apply([Scored("rm", RewardModel(Classifier(model), tokenizer))], [one], 0)
+    for answer, found in zip(one.answers, judged[0].rewards(), strict=True):
+        ids = tokenizer("Is it true?", answer.text)["input_ids"]
+        assert ids[0] == 1 and ids.count(2) == 2
+        with torch.no_grad():
+            assert found == pytest.approx(float(model(input_ids=torch.tensor([ids])).logits), abs=1e-5)
+    assert np.ptp(judged[0].rewards()) > 1e-3
+
+
+def test_without_a_padding_token_the_last_token_is_meant_whatever_it_is():
+    model = classifier(pad=None)
+    rows = [[5, 6, 0], [5, 6, 0, 0], [7, 8, 9, 10, 11], [1, 2]]
+    found = Classifier(model)(rows)[:, 0]
+    np.testing.assert_allclose(found, [alone(model, row)[0] for row in rows], atol=1e-5)
+    assert np.ptp(found) > 1e-3
 
 
 def test_batches_hold_no_more_tokens_than_the_budget_with_padding():
