@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from align.core.errors import AlignError, ConfigError
 from align.core.registry import LOOPS
 from align.evaluate.sides import load_side
-from align.loops import pair_margins
+from align.loops.sera import pair_margins
 from align.recipe import loop
 from tests.loops.loop_parts import (
     GOLD,

@@ -72,7 +72,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=60)
 
 
-def until(holds: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+def until(holds: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, "it ended before the moment of the kill"
@@ -81,7 +81,7 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[bytes], seconds: 
 
 
 def finish(folder: Path, file: Path, *words: str) -> None:
-    code = launch(folder, file, *words).wait(timeout=280)
+    code = launch(folder, file, *words).wait(timeout=900)
     assert code == 0, (folder / "said.txt").read_text()[-3000:]
 
 
@@ -91,6 +91,7 @@ def same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
     assert any(name.endswith("train/policy/model.safetensors") for name in wanted)
 
 
+@pytest.mark.timeout(1200)
 def test_by_processes_and_in_one_the_artefacts_are_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_by_processes_and_in_one_the_artefacts_are_the_same(
     assert trainer.recipe.loop.preset == "iterative_dpo"
 
 
+@pytest.mark.timeout(1200)
 def test_killed_while_it_samples_and_while_it_trains(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
