@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from align.core.errors import AlignError, ConfigError, suggestion
+from align.core.progress import Progress, silent
 from align.feedback.base import Failed
 
 _log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def each(
     batch: int,
     owner: str,
     costly: tuple[type[BaseException], ...] = (Hung,),
+    progress: Progress = silent,
 ) -> list[R | Failed]:
     """`work` on batches of at most `batch` items; one result, or why there is none, per item.
 
@@ -119,6 +121,7 @@ def each(
     Args:
         costly: errors that cost time. After `HOPELESS` items in a row that failed alone with one of them, the rest is
             not tried.
+        progress: counts items, whatever became of them.
     """
     out: dict[int, R | Failed] = {}
     waiting = [list(range(start, min(start + batch, len(items)))) for start in range(0, len(items), batch)][::-1]
@@ -127,11 +130,10 @@ def each(
         part = waiting.pop()
         if lost >= HOPELESS:
             out |= dict.fromkeys(part, Failed(f"not tried: {HOPELESS} in a row had failed"))
+            progress(len(part))
             continue
         try:
-            out |= dict(zip(part, work([items[i] for i in part]), strict=True))
-            lost = 0
-            continue
+            found = work([items[i] for i in part])
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's own code: it costs its own rows
@@ -139,8 +141,14 @@ def each(
             if len(part) == 1:
                 lost = lost + 1 if isinstance(error, costly) else 0
                 _log.warning("%s: %s%s", owner, failed.reason, _where(error))
+        else:
+            out |= dict(zip(part, found, strict=True))
+            lost = 0
+            progress(len(part))
+            continue
         if len(part) == 1:
             out[part[0]] = failed
+            progress(1)
         else:
             middle = len(part) // 2
             waiting += [part[middle:], part[:middle]]

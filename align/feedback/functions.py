@@ -214,10 +214,9 @@ class RewardCall(_Called):
                 "completion_ids": [list(map(int, item.answer.ids)) for item in part],
             }
             values = self.called(part, columns_of(part), given)
-            progress(len(part))
             return [number(value) for value in values]
 
-        return each(work, items, self.batch, f"reward function `{self.name}`")  # type: ignore[arg-type]
+        return each(work, items, self.batch, f"reward function `{self.name}`", progress=progress)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,10 +235,9 @@ class PreferenceCall(_Called):
                 "second": [texts[1] for _, texts in shown],
             }
             values = self.called((), columns_of(part), given)
-            progress(len(part))
             return [number(value, 0, 1) for value in values]
 
-        return each(work, matches, self.batch, f"preference function `{self.name}`")  # type: ignore[arg-type]
+        return each(work, matches, self.batch, f"preference function `{self.name}`", progress=progress)  # type: ignore[arg-type]
 
 
 def reward_function(name: str, **options: Any) -> RewardCall:

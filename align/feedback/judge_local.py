@@ -85,19 +85,21 @@ class SamplerJudge:
         every = [prefixes.get(place, filler) for place in range(size)]
         own = [replace(params, seed=seeds.get(place, params.seed)) for place in range(size)]
 
-        def sample(places: Sequence[int]) -> list[bool]:
+        def sample(places: Sequence[int]) -> list[list[str]]:
             # A draw depends on the number of its prefix: the others keep their numbers, with no reply.
             counts = [0] * size
             for place in places:
                 counts[place] = n
             found = self.sampler.sample(every, counts, own)
-            for place in places:
-                heard(place, [rollout.text for rollout in found[place]])
-            return [True] * len(places)
+            return [[rollout.text for rollout in found[place]] for place in places]
 
-        places = list(prefixes)
-        done = each(sample, places, len(places), "the judge's sampler", (AlignError,))
-        return failed | {place: one for place, one in zip(places, done, strict=True) if isinstance(one, Failed)}
+        replies = each(sample, list(prefixes), len(prefixes), "the judge's sampler", (AlignError,))
+        for place, reply in zip(prefixes, replies, strict=True):
+            if isinstance(reply, Failed):
+                failed[place] = reply
+            else:
+                heard(place, reply)
+        return failed
 
     def label_logps(self, asked: Mapping[int, Asked], labels: Sequence[str], heard: Heard) -> dict[int, Failed]:
         """See `JudgeModel.label_logps`.

@@ -92,7 +92,9 @@ def module(tmp_path, monkeypatch):
 
 def judged(name, groups, **options):
     feedback = open_feedback(FeedbackSpec(name=f"user_rewards:{name}", **options))
-    out, account = apply([feedback], groups, 0)
+    done = []
+    out, account = apply([feedback], groups, 0, done.append)
+    assert sum(done) == account.counts[feedback.name].asked  # whatever became of them
     if options.get("isolate"):
         feedback.scorer.close()
     return [[answer.rewards[f"user_rewards:{name}"] for answer in one.answers] for one in out], account
