@@ -13,6 +13,7 @@ from typing import Any
 
 from align.cli import console
 from align.cli.data import options_behind
+from align.loops.rounds import STAGES
 
 _DESCRIPTION = """Run the rounds of an iterative method, as a recipe with a section `loop` says.
 
@@ -29,14 +30,13 @@ _EXAMPLES = """examples:
   align loop my.yaml --in-process              everything in this process, for small models
   align methods --kind loop                    the loops that there are
 """
-_STAGES = ("sample", "judge", "pairs", "data", "train", "promote", "evaluate")
 _STOPPED = 143
 """The exit code of a process that SIGTERM ended."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.add_argument("--stage", choices=_STAGES, help="before RECIPE: one stage of the round that the loop is in")
+    parser.add_argument("--stage", choices=STAGES, help="before RECIPE: one stage of the round that the loop is in")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("rest", metavar="KEY=VALUE", nargs=argparse.REMAINDER, help="options to replace")
     add_options(parser)

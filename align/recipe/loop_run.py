@@ -27,8 +27,7 @@ from align.loops.weights import extrapolate
 from align.recipe import provenance, rules
 from align.recipe.collect import Collect
 from align.recipe.loop import ROLES, LoopRecipe
-from align.recipe.run import model_path, streams
-from align.recipe.run import run as train
+from align.recipe.run import model_path, prepare, streams
 from align.recipe.sections import Recipe, Stream
 from align.recipe.stages import judge_plan, pair_plan, sample_plan
 
@@ -102,7 +101,10 @@ class InProcess:
         make_data(one, self.recipe.loop.seed, self.recipe.loop.consistency)
 
     def _train(self, one: Round) -> None:
-        train(self.training(one))
+        trainer = prepare(self.training(one))
+        trainer.train()
+        if trainer.stopped_by_signal:
+            raise _stopped(one)
         trained(one)
 
     def _promote(self, one: Round) -> None:
@@ -273,7 +275,8 @@ def claim(recipe: LoopRecipe) -> None:
         atomic_write(file, recipe.yaml())
         return
     changed = provenance.differences(yaml.safe_load(file.read_text(encoding="utf-8")), now)
-    changed.pop("loop.rounds", None)  # more of them, or fewer, change none that is done
+    if recipe.loop.prompts is not None or recipe.loop.take != "disjoint":
+        changed.pop("loop.rounds", None)  # more of them, or fewer, change none that is done
     if changed:
         lines = [f"`{key}`: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
         raise ConfigError(
@@ -286,16 +289,16 @@ def claim(recipe: LoopRecipe) -> None:
 
 
 def trained(one: Round) -> None:
-    """Note that a round's training is over.
-
-    Raises:
-        TrainingError: it was stopped.
-    """
+    """Note that a round's training is over."""
     if not (one.place("train") / "policy").is_dir():
-        raise TrainingError(
-            f"the training of round {one.number} was stopped", mend="the same command goes on from its last checkpoint"
-        )
+        raise _stopped(one)
     atomic_write(one.place("train") / TRAINED, json.dumps({"round": one.number}) + "\n")
+
+
+def _stopped(one: Round) -> TrainingError:
+    return TrainingError(
+        f"the training of round {one.number} was stopped", mend="the same command goes on from its last checkpoint"
+    )
 
 
 def played(entry: Any, roles: Roles, base: str | None) -> Any:
