@@ -74,7 +74,7 @@ class Run:
 TAU = 0.05
 """Strength of the leash of all; dpo's beta is 4 tau, at which its slope near P = 1/2 is that of ipo's tau."""
 STEPS, PROMPTS, SAMPLES = 160, 32, 2
-ROUNDS = 5
+ROUNDS = 10
 PREFERENCE = FeedbackSpec(kind="pairwise_function", name="align.worlds.twist:gold_preference")
 REWARD = FeedbackSpec(kind="function", name="align.worlds.twist:gold_reward")
 

@@ -128,7 +128,7 @@ class _Reader:
         parts: dict[str, Any] = {}
         for key, item in items.items():
             self.given.setdefault(key, item.where)
-            parts[key] = builders[key](item) if key in builders else self.section(_PLAIN[key], key, item)
+            parts[key] = builders[key](item) if key in builders else self.located(_PLAIN[key], key, item)
         whole = all(parts.get(key) is not None for key in {*_REQUIRED, *parts})
         return Recipe(**parts) if whole else None
 
@@ -159,18 +159,18 @@ class _Reader:
         entries = item.value if isinstance(item.value, list) else [item]
         if not entries:
             self.fault("`feedback` is empty", item, "name a reward function, a reward model or a judge")
-        found = [self._judge(f"feedback.{number}", entry) for number, entry in enumerate(entries)]
+        found = [self.located(FeedbackSpec, f"feedback.{number}", entry) for number, entry in enumerate(entries)]
         self.given["feedback"] = item.where
         judges = tuple(one for one in found if one is not None)
         return judges if judges and len(judges) == len(found) else None
 
-    def _judge(self, owner: str, entry: Item) -> FeedbackSpec | None:
+    def located(self, cls: type, owner: str, item: Item) -> Any:
+        """As `section`; options that do not go together are reported where the section stands."""
         try:
-            made: FeedbackSpec | None = self.section(FeedbackSpec, owner, entry)
-            return made
-        except ConfigError as error:  # of options that do not go together
+            return self.section(cls, owner, item)
+        except ConfigError as error:
             for one in error.errors if isinstance(error, ErrorList) else (error,):
-                self.errors.append(ConfigError(one.what, where=entry.where, why=one.why, mend=one.mend))
+                self.errors.append(ConfigError(one.what, where=item.where, why=one.why, mend=one.mend))
             return None
 
     def shaping(self, item: Item) -> tuple[Mapping[str, Any], ...] | None:
