@@ -52,10 +52,10 @@ class EndpointJudge:
     def label_logps(self, asked: Mapping[int, Asked], labels: Sequence[str], heard: Heard) -> dict[int, Failed]:
         """See `JudgeModel.label_logps`."""
         chat = self.endpoint.api == "chat"
-        own = {"logprobs": True, "top_logprobs": MOST} if chat else {"logprobs": MOST}
-        bodies = {
-            place: {**self._body(one), **own, "max_tokens": 1, "temperature": 0.0} for place, one in asked.items()
-        }
+        own: dict[str, Any] = {"logprobs": True, "top_logprobs": MOST} if chat else {"logprobs": MOST}
+        # At temperature 1 a server that tells the log-probs of what it draws from tells the model's own, too.
+        own |= {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        bodies = {place: {**self._body(one), **own} for place, one in asked.items()}
         return self._ask(bodies, lambda answer: labels_of(_told(answer, chat), labels), heard)
 
     def _body(self, asked: Asked) -> dict[str, Any]:

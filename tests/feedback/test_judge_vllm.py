@@ -8,7 +8,12 @@ import torch
 
 from align.compat.vllm import installed
 from align.feedback import FeedbackSpec, apply, open_feedback
+from align.feedback.cache import JudgementCache
+from align.feedback.judge import PointJudge
 from align.feedback.judge_file import load_judge
+from align.feedback.judge_local import SamplerJudge
+from align.feedback.scored import Scored
+from align.sampling.server import ServerSampler, ServerSettings
 from align.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.feedback.made import group
 from tests.sampling.serving import served
@@ -55,7 +60,9 @@ def model():
 def address(tmp_path_factory, model):
     folder = save_tiny(tmp_path_factory.mktemp("judge") / "model", "qwen3", **SHAPE)
     model.save_pretrained(folder)
-    with served(folder, "--max-model-len", "192", "--served-model-name", "judge") as url:
+    # The stricter of the two ways of a server: log-probs of what it draws from.
+    arguments = ["--max-model-len", "192", "--served-model-name", "judge", "--generation-config", "vllm"]
+    with served(folder, *arguments, "--logprobs-mode", "processed_logprobs") as url:
         yield f"{url}/v1"
 
 
@@ -102,6 +109,23 @@ def test_plain_completions_and_chat_give_replies_that_repeat_and_average(address
         np.testing.assert_array_equal(rewards, np.concatenate([group.rewards() for group in again]))
         assert not np.array_equal(rewards, np.concatenate([group.rewards() for group in other]), equal_nan=True)
         assert account.counts["judge"].judged >= 3 and np.nanstd(rewards) > 0
+
+
+def test_a_sampler_of_a_server_judges_too_and_a_cache_does_not_shift_its_draws(address, tmp_path):
+    file, _ = feedback(address, tmp_path, "words")
+    settings = ServerSettings(deadline=30.0, tries=2)
+    sampler = ServerSampler.open(address.removesuffix("/v1"), TOKENIZER, settings)
+    try:
+        model = SamplerJudge(sampler, TOKENIZER, weights="the served judge")
+        whole, account = apply([Scored("judge", PointJudge(file, model))], GROUPS, 5)
+        cached = Scored("judge", PointJudge(file, model, JudgementCache(tmp_path / "cache")))
+        apply([cached], GROUPS[:1], 5)
+        resumed, _ = apply([cached], GROUPS, 5)
+    finally:
+        sampler.close()
+    assert account.counts["judge"].judged >= 3 and cached.scorer.cache.hits == 3
+    for one, other in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(one.rewards(), other.rewards())
 
 
 def test_a_question_that_is_too_long_for_the_served_model_is_missing(address, tmp_path):
