@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from align.core.progress import Progress, silent
 from align.data.groups import TokenGroup
+from align.data.rollouts import RolloutGroup
+from align.feedback import Verdict
 from align.methods.base import Method
 from align.scoring.assemble import columns_needed
 from align.testing.steps import (
@@ -28,7 +32,7 @@ from align.testing.steps import (
     with_contexts,
 )
 from align.testing.tiny import random_pairs, save_tiny, tiny_model
-from align.trainers import AlignConfig, PreferenceTrainer
+from align.trainers import AlignConfig, OnlineConfig, OnlineTrainer, PreferenceTrainer
 from align.trainers.references import GUIDE
 
 EVERYTHING = 1 << 20
@@ -129,21 +133,40 @@ def rows_for(method: Method, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+class _ByLength:
+    """Rewards an answer for the words it has, for runs that sample."""
+
+    name = "words"
+    gives: Literal["reward"] = "reward"
+    key: Mapping[str, Any] = MappingProxyType({})
+
+    def judge(self, groups: Sequence[RolloutGroup], seed: int, progress: Progress = silent) -> list[Verdict]:
+        return [Verdict([len(one.text.split()) / 8 for one in group.answers], asked=len(group)) for group in groups]
+
+
 def _run(method: Method, model: str, out: Path, seed: int, stop: int | None = None) -> PreferenceTrainer:
-    args = AlignConfig(
-        output_dir=str(out),
-        global_batch_size=4,
-        learning_rate=1e-3,
-        max_steps=4,
-        save_steps=100,
-        tokens_per_micro_batch=150,
-        seed=seed,
-        disable_tqdm=True,
-        use_cpu=True,
-        guide_model=str(save_tiny(out.parent / "guide", seed=5)) if GUIDE in method.requires() else None,
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(out),
+        "global_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_steps": 100,
+        "tokens_per_micro_batch": 150,
+        "seed": seed,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "guide_model": str(save_tiny(out.parent / "guide", seed=5)) if GUIDE in method.requires() else None,
+    }
     callbacks = None if stop is None else [_Stop(stop)]
-    trainer = PreferenceTrainer(model, method, args, rows_for(method, seed), callbacks=callbacks)
+    rows = rows_for(method, seed)
+    trainer: PreferenceTrainer
+    if method.rollouts() is None:
+        trainer = PreferenceTrainer(model, method, AlignConfig(**given), rows, callbacks=callbacks)
+    else:
+        # Three steps a batch of rollouts, so that the stop falls into one.
+        args = OnlineConfig(**given, max_new_tokens=6, rollout_minibatches=3)
+        prompts = [{"prompt": row["prompt"]} for row in rows]
+        trainer = OnlineTrainer(model, method, args, prompts, callbacks=callbacks, feedback=_ByLength())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer

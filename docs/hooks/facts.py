@@ -150,7 +150,7 @@ def _shifted(row: Row, shift: float, place: int) -> Row:
     """A number added, at a place, to log pi of every answer after the row's own prompt; of contrasts, after x+."""
 
     def move(one: Row) -> Row:
-        kind, _, sign = one.get("role", "::+").split(":")
+        kind, _, sign = role.split(":") if ":" in (role := one.get("role", "")) else ("", "", "+")
         if kind == "inter" or sign == "-":
             return one
         logp = list(one["logp"])

@@ -27,7 +27,8 @@ NOTATION = {
     r"\Delta": "a pair's difference of log-ratios, chosen less rejected",
     r"z": "a margin: that difference times its scale",
     r"\sigma": "the sigmoid; `-log sigmoid` is the logistic loss",
-    r"r, r_i, r_w, r_l, \psi_i": "the data's reward or scores, or the probability of beating an opponent; by the formula's own line another reward",
+    r"r, r_i, r_w, r_l, \psi_i": "the data's reward or scores, or the probability of beating an opponent; "
+    "by the formula's own line another reward",
     r"\bar{r}, \bar{r}_D, \bar{r}_U": "the mean over the list, over the desirable and over the undesirable answers",
     r"R, P": "a pair's difference of scores and its probability, as the data give them",
     r"p, c": "the probability that a pair's label is right",

@@ -48,6 +48,8 @@ _NEEDS = {
     "contrasts": "answers after other prompts, from `align.data.constraints`",
     "baseline": "a demonstration per pair",
     "samples": "samples of a policy for each prompt",
+    "role": "who wrote each answer: the policy, the reference or their mixture",
+    "anchor.previous": "log-probabilities of the policy that the round began with",
     "anchor.guide": "log-probabilities of a policy trained before, the run's `guide_model`",
     "anchor.better": "log-probabilities of the reference after a prompt that asks for better",
     "anchor.worse": "log-probabilities of the reference after a prompt that asks for worse",
