@@ -62,7 +62,7 @@ def in_process(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 def launch(folder: Path, file: Path, *words: str) -> subprocess.Popen[bytes]:
     """`align loop` in a session of its own, so that all its processes can be killed together."""
     command = [sys.executable, "-m", "align", "loop", file.name, *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # as many threads as here: sums depend on them
     with open(folder / "said.txt", "ab") as said:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True)
 
