@@ -3,8 +3,9 @@
 python -m bench.rollouts --seeds 0 1 --out /tmp/rollouts      # one process a core; goes on where it was stopped
 python -m bench.rollouts --collect /tmp/rollouts              # writes results/rollouts.json
 
-A pair is a seed: starting model, prompts and judge of both sides are the same. Intervals are of the mean difference over
-seeds, by Student's t. Settings were chosen on a seed of its own, `--seeds 100`. `--only` takes parts: twist, style, cream.
+A pair is a seed: starting model, prompts and judge of both sides are the same. Intervals are of the mean difference
+over seeds, by Student's t. Settings were chosen on a seed of its own, `--seeds 100`. `--only` takes parts: twist, style,
+cream.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _reports() -> dict[str, Callable[[Found], Any]]:
                 f"twist {theirs}",
                 end("gap"),
             )
-    for level in (2.0, 4.0, 8.0):
+    for level in (2.0, 3.0, 4.0):
         for ours in ("online_dpo", "grpo"):
             found[f"gold at KL {level:g}: {ours} - dpo"] = difference(
                 "online training gives more reward at equal KL than offline dpo (2402.04792)",
@@ -145,7 +146,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """A line a report."""
     for name, entry in result["reports"].items():
         value = entry["difference"]
-        yield f"{name}: {value['value']:+.3g} [{value['low']:+.3g}, {value['high']:+.3g}], {len(entry['by_seed'])} seeds"
+        interval = f"{value['value']:+.3g} [{value['low']:+.3g}, {value['high']:+.3g}]"
+        yield f"{name}: {interval}, {len(entry['by_seed'])} seeds"
 
 
 def main() -> None:
