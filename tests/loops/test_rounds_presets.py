@@ -97,6 +97,18 @@ def test_sppo_regresses_to_win_rates(models: Any, here: Path) -> None:
         assert rates.mean() == pytest.approx(0.5), "an answer meets itself with 1/2"
 
 
+def test_rebel_regresses_to_reward_differences(models: Any, here: Path) -> None:
+    """Where pi is the policy that sampled, its loss is the mean of (eta (r_w - r_l))^2 over the round's pairs."""
+    file = write(here, models[0], "out", {"preset": "rebel"}, train={"global_batch_size": 64}, **BY_REWARD)
+    run(file, ["method.eta=3"])
+    for number in (1, 2):
+        folder = here / "out" / f"round-{number}"
+        pairs = rows(folder / "pairs")
+        gaps = [row["chosen_reward"] - row["rejected_reward"] for row in pairs]
+        assert pairs and [row["margin"] for row in pairs] == pytest.approx(gaps)
+        assert losses(folder)[0] == pytest.approx(np.mean([(3 * gap) ** 2 for gap in gaps]), rel=1e-4)
+
+
 def test_inpo_has_two_anchors(models: Any, here: Path) -> None:
     """At pi = pi_t its margin h is tau / eta * (margin of log pi_t - log ref), which is 0 in round 1 only."""
     file = write(here, models[0], "out", {"preset": "inpo"}, train={"global_batch_size": 64}, **BY_WINS)

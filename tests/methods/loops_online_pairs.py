@@ -83,9 +83,11 @@ def nash_md(rows: Sequence[Row], state: State, tau: float = 0.008, mix: float = 
     return values, len(rows)
 
 
-def rebel(rows: Sequence[Row], state: State, eta: float = 1.0) -> Values:
+def rebel(rows: Sequence[Row], state: State, eta: float = 1.0, anchor: str = "old") -> Values:
+    name = {"old": "old_logp", "reference": "ref_logp"}[anchor]
+
     def value(won: Row, lost: Row, row: Row) -> float:
-        return (ratio(won, "old_logp") - ratio(lost, "old_logp") - eta * row["margin"]) ** 2
+        return (ratio(won, name) - ratio(lost, name) - eta * row["margin"]) ** 2
 
     return per_pair(rows, value)
 

@@ -9,6 +9,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     *[(name, {"eta": bad}) for name in ("rebel", "sppo", "inpo", "dno", "dno_prct") for bad in (0, -1.0)],
     ("online_dpo", {"loss": "logistic"}),
     *[(name, {"label": "soft"}) for name in ("online_dpo", "online_ipo")],
+    ("rebel", {"anchor": "previous"}),
     ("online_ipo", {"tau": 0}),
     *[(name, {"mix": bad}) for name in ("online_ipo", "nash_md") for bad in (-0.01, 1.01)],
     ("xpo", {"alpha": -1e-9}),
@@ -22,6 +23,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 
 ADMITTED: list[tuple[str, dict[str, Any]]] = [
     *[(name, {"mix": good}) for name in ("online_ipo", "nash_md") for good in (0, 1)],
+    ("rebel", {"anchor": "reference"}),
     ("xpo", {"alpha": 0}),
     ("nash_md", {"tau": 0}),
     ("inpo", {"tau": 0}),

@@ -368,6 +368,15 @@ class TestREBEL:
         pair = {"chosen": {"logp": [-1.0], "old_logp": [-1.3]}, "rejected": {"logp": [-0.4], "old_logp": [-0.9]}}
         assert value("rebel", {}, {**pair, "margin": 0.5}) == pytest.approx((0.3 - 0.5 - 0.5) ** 2, **NEAR)
 
+    def test_in_a_round_the_reference_is_the_policy_that_sampled(self) -> None:
+        """Nothing is sampled then, and `old_logp` is not asked for: with pairs of a file it would be the policy's."""
+        method = make_method("rebel", {"anchor": "reference"})
+        assert method.rollouts() is None and method.requires() == {"ref_logp", "margin"}
+        far = {side: {**row, "old_logp": [9.0] * len(row["logp"])} for side, row in PAIR.items()}
+        for pair in (PAIR, far):
+            found = value("rebel", {"anchor": "reference", "eta": 2.0}, {**pair, "margin": 0.7})
+            assert found == pytest.approx((Z - 2.0 * 0.7) ** 2, **NEAR)
+
     def test_rewards_of_a_half_are_ipo_to_the_old_policy(self) -> None:
         ipo = value("ipo", {"tau": 1 / (2 * 0.8), "normalize": "sum"}, PAIR)
         assert value("rebel", {"eta": 0.8}, {**self.OLD, "margin": 1.0}) == pytest.approx(ipo, **NEAR)

@@ -89,6 +89,22 @@ class DNOPrct(Preset):
     }
 
 
+@loop("rebel", paper="2404.16767")
+class REBEL(Preset):
+    """Regression to relative rewards in rounds: two own answers, and the difference of their rewards as the target.
+
+    Two samples at temperature 1, at which the policy's log-probs are those that it drew with; the reference is the
+    policy that sampled, so nothing holds the rounds near the initial model unless the reward does. Two answers of equal
+    reward are no pair here; the online method keeps them, with a target of 0. The published code passes four times
+    over the pairs of a round (`train.num_train_epochs: 4`). Source: arXiv 2404.16767, Alg. 1.
+    """
+
+    sample: ClassVar[Mapping[str, Any]] = {"n": 2, "temperature": 1.0, "top_p": 1.0}
+    pairs: ClassVar[Mapping[str, Any]] = {"rule": "best_worst"}
+    method: ClassVar[Mapping[str, Any]] = {"name": "rebel", "anchor": "reference"}
+    loop: ClassVar[Mapping[str, Any]] = {"rounds": 3, "take": "disjoint", "reference": "previous"}
+
+
 @loop("raft", paper="2304.06767")
 class RAFT(Preset):
     """Reward-ranked fine-tuning: sft on the best of K own samples, and nothing pushed down.
