@@ -4,8 +4,8 @@ python -m bench.rollouts --seeds 0 1 --out /tmp/rollouts      # one process a co
 python -m bench.rollouts --collect /tmp/rollouts              # writes results/rollouts.json
 
 A pair is a seed: starting model, prompts and judge of both sides are the same. Intervals are of the mean difference
-over seeds, by Student's t. Settings were chosen on a seed of its own, `--seeds 100`. `--only` takes parts: twist, style,
-cream.
+over seeds, by Student's t. Settings were chosen on a seed of its own, `--seeds 100`. `--only` takes parts:
+twist, style, cream.
 """
 
 from __future__ import annotations
