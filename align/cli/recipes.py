@@ -41,7 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     take.add_argument("file", metavar="FILE", type=Path, help="a TRL YAML file")
     take.add_argument(
-        "--trainer", choices=("dpo", "kto", "sft", "cpo", "orpo", "bco"), help="whose file; default: by its keys"
+        "--trainer",
+        choices=("dpo", "kto", "sft", "cpo", "orpo", "bco", "grpo", "rloo", "online_dpo"),
+        help="whose file; default: by its keys. The last three are refused with what to write instead",
     )
     take.add_argument("--processes", type=int, help="processes the file was launched with, for the global batch (1)")
     take.add_argument("--output", metavar="FILE", type=Path, help="write the recipe there, not to stdout")

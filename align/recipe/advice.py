@@ -241,6 +241,8 @@ def _beta(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Ad
 def _batch(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Advice]:
     size, method = recipe.train.global_batch_size, recipe.method.name
     unpaired = method in ("kto", "bco")
+    if recipe.method.options.get("num_generations"):
+        return  # the batch counts prompts, each with a group of answers; what is published counts pairs
     if ":" in method or size >= (_SMALL_UNPAIRED_BATCH if unpaired else _SMALL_BATCH):
         return
     if unpaired:
@@ -258,7 +260,7 @@ def _batch(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[A
 
 def _epochs(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Advice]:
     rows, train = facts.rows, recipe.train
-    if not rows or rows >= _MANY_ROWS:
+    if not rows or rows >= _MANY_ROWS or recipe.data.prompts:  # of prompts, each pass has answers of its own
         return
     steps = train.max_steps
     epochs = train.num_train_epochs if steps is None else steps * train.global_batch_size / rows
@@ -311,10 +313,9 @@ def _template(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterato
 
 def _held_out(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterator[Advice]:
     evaluated = {_identity(stream) for stream in recipe.data.eval}
-    for number, stream in enumerate(recipe.data.train):
-        where = given.get(
-            f"data.train.{number}.split", given.get(f"data.train.{number}.name", given.get("data.train", ""))
-        )
+    key, streams = ("data.prompts", recipe.data.prompts) if recipe.data.prompts else ("data.train", recipe.data.train)
+    for number, stream in enumerate(streams):
+        where = given.get(f"{key}.{number}.split", given.get(f"{key}.{number}.name", given.get(key, "")))
         words = (stream.split or "").lower().replace("-", "_").split("_")
         if _identity(stream) in evaluated:
             what = f"`{stream.name}` is trained on and evaluated on"
@@ -323,7 +324,7 @@ def _held_out(recipe: Recipe, given: Mapping[str, str], facts: Facts) -> Iterato
         else:
             continue
         yield Advice(
-            f"data.train.{number}",
+            f"{key}.{number}",
             what,
             where,
             "its scores then say nothing about new prompts, and public comparisons use these rows; the alignment "

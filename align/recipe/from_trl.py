@@ -13,7 +13,7 @@ from align.core.errors import AlignError, ConfigError, raise_all, suggestion
 from align.recipe import document, schema
 from align.recipe.document import Item
 from align.recipe.trl_data import streams_of
-from align.recipe.trl_keys import FORMER, NOT_NEEDED, REFUSED, STRAIGHT, method_of, trainer_of
+from align.recipe.trl_keys import FORMER, NOT_NEEDED, REFUSED, STRAIGHT, method_of, refuse_online, trainer_of
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ def convert(path: str | Path, trainer: str | None = None, processes: int | None 
         processes: how many processes it was launched with; they multiply the batch.
 
     Raises:
-        ConfigError: a file that is not such a configuration, and options that change the objective and have no
-            counterpart; all at once.
+        ConfigError: a file that is not such a configuration, or one of a trainer that samples; options that change the
+            objective and have no counterpart, all at once.
     """
     root = document.read(path)
     env = root.value.pop("env", None)
+    refuse_online(root, trainer, Path(path))
     kind = trainer or trainer_of(root, Path(path))
     work = _Work(root, kind, str(path), processes)
     if env is not None:

@@ -9,18 +9,30 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from align.core.options import Range, declared
+from align.feedback.spec import FeedbackSpec
 from align.recipe import library, sections
+from align.sampling.spec import SamplerSpec
+from align.shaping.base import SHAPING
+from align.trainers.health import HealthOptions
 
 _SECTIONS: tuple[tuple[str, type, str], ...] = (
     ("model", sections.Model, "Required"),
     ("model.peft", sections.Peft, "Optional: without it all weights are trained"),
     ("model.quantization", sections.Quantization, "Optional: with `model.peft` only"),
     ("data", sections.Data, "Required"),
-    ("data.train, data.eval", sections.Stream, "A list of these, or of names alone"),
+    ("data.train, data.prompts, data.eval", sections.Stream, "A list of these, or of names alone"),
     ("reference", sections.Reference, "Optional: for methods that read a reference"),
     ("train", sections.Train, "Required"),
     ("eval", sections.Eval, "Optional: with `data.eval` only"),
     ("rounds", sections.Rounds, "Optional: without it there is one training"),
+    ("rollout", sections.Rollout, "Optional"),
+    (
+        "sampler",
+        SamplerSpec,
+        "Optional. `dtype`, `device` and `max_model_len` are of `align sample`: a run has its own",
+    ),
+    ("feedback", FeedbackSpec, "A list of these. Required where a method samples"),
+    ("health", HealthOptions, "Optional: without it every monitor warns"),
     ("provenance", sections.Provenance, "Optional"),
 )
 
@@ -31,16 +43,15 @@ def markdown() -> str:
     parts.insert(
         3, "## `method`\n\nThe id of a method, or `my_pkg.my_file:MyMethod`, as `name`, and its options. Required."
     )
+    parts.insert(-1, _shaping())
     parts.append("## Shipped recipes\n\n" + shipped_table())
     return "\n\n".join(parts) + "\n"
 
 
 def collecting() -> str:
     """A table per section of the recipe of `align sample`, `align judge` and `align pairs`."""
-    from align.feedback.spec import FeedbackSpec
     from align.loops.stages import SampleSpec
     from align.recipe.collect import Prompts
-    from align.sampling.spec import SamplerSpec
     from align.shaping.selection import PairSpec
 
     parts = (
@@ -63,6 +74,20 @@ def looping() -> str:
         ("loop.accept", Accept, "Optional: without it every round is taken"),
     )
     return "\n\n".join(_section(name, cls, note) for name, cls, note in parts)
+
+
+def _shaping() -> str:
+    """The stages that a list `shaping` may name, with their options."""
+    rows = []
+    for entry in SHAPING.entries().values():
+        options = ", ".join(f"`{name}` ({one.default})" for name, one in entry.explained.items())
+        paper = f"[{entry.paper}](https://arxiv.org/abs/{entry.paper})" if entry.paper else ""
+        rows.append((f"`{entry.id}`", options, paper, _cell(entry.summary)))
+    return (
+        "## `shaping`\n\nStages between the rewards and the method's own, in order: a list of names, or of mappings "
+        "`{name: overlong, ...}` with options. Optional: for methods that read groups.\n\n"
+        + _table(("stage", "options (default)", "paper", "what it does"), tuple(rows))
+    )
 
 
 def shipped_table() -> str:

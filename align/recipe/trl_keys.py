@@ -128,6 +128,43 @@ FORMER: dict[str, str] = {
 }
 """Keys that TRL or transformers had and dropped."""
 
+ONLINE = {"grpo": "grpo", "rloo": "rloo", "online_dpo": "online_dpo"}
+"""Trainers of TRL that sample -> the method to write instead."""
+_ONLINE_KEYS = {
+    "num_generations": "grpo",
+    "steps_per_generation": "grpo",
+    "num_iterations": "grpo",
+    "scale_rewards": "grpo",
+    "reward_funcs": "grpo",
+    "normalize_advantages": "rloo",
+    "reward_model_path": "online_dpo",
+    "missing_eos_penalty": "online_dpo",
+}
+"""Keys that only trainers have that sample -> the likeliest of them."""
+_ONLINE_LOSSES = {"grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo"}
+
+
+def refuse_online(root: Item, trainer: str | None, path: Path) -> None:
+    """A configuration of a trainer that samples is no whole run: who judges stands in the script.
+
+    Raises:
+        ConfigError: with the recipe's own sections for it.
+    """
+    keys = [key for key in _ONLINE_KEYS if key in root.value]
+    keys += [key for key in ("loss_type",) if set(_losses(root.value.get(key))) & _ONLINE_LOSSES]
+    named = [kind for kind in ONLINE if kind in path.stem.lower().replace("-", "_")] if trainer is None else []
+    # The name of the file says which, where a key says that it is one of them.
+    kind = trainer if trainer in ONLINE else next(iter(named), _ONLINE_KEYS.get(keys[0], "grpo") if keys else None)
+    if kind is None or (trainer is not None and trainer not in ONLINE):
+        return
+    raise ConfigError(
+        f"configurations of TRL trainers that sample are not imported, and this is one of `{kind}`",
+        where=root.value[keys[0]].where if keys else str(path),
+        why="who judges the answers stands in a script, and without it half of the run would be missing",
+        mend=f"write `method: {{name: {ONLINE[kind]}}}`, `data.prompts`, `rollout` and `feedback`; the page `From TRL` "
+        "has a table of keys, and `align recipes import --trainer dpo` and others take files of trainers on data",
+    )
+
 
 def trainer_of(root: Item, path: Path) -> str:
     """Whose configuration a file is: by its keys, by its loss, by its name.

@@ -367,6 +367,29 @@ def test_whose_file_it_is(tmp_path: Path) -> None:
     assert "`cpo_alpha` of cpo" in one and "`desirable_weight` of kto" in one
 
 
+@pytest.mark.parametrize(
+    ("keys", "name", "trainer", "method"),
+    [
+        ("num_generations: 8\n", "config", None, "grpo"),
+        ("num_generations: 2\n", "my-rloo", None, "rloo"),
+        ("missing_eos_penalty: 1.0\n", "config", None, "online_dpo"),
+        ("beta: 0.1\n", "grpo_config", None, "grpo"),
+        ("loss_type: dr_grpo\n", "config", None, "grpo"),
+        ("beta: 0.1\n", "config", "rloo", "rloo"),
+    ],
+)
+def test_trainers_that_sample_are_refused_with_what_to_write(
+    tmp_path: Path, keys: str, name: str, trainer: str | None, method: str
+) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(COMMON + keys)
+    with pytest.raises(ConfigError) as caught:
+        convert(path, trainer)
+    assert f"`method: {{name: {method}}}`" in str(caught.value) and "`feedback`" in str(caught.value)
+    path.write_text(COMMON + "beta: 0.1\n")
+    assert convert(path, "dpo").trainer == "dpo"  # a name alone does not outweigh a word
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "trl_dpo.yaml", tmp_path / "mine.yaml"
     source.write_text(DPO)
