@@ -103,8 +103,11 @@ class Engine:
         """The view's completions, whatever its kind."""
         return [view.chosen, view.rejected] if isinstance(view, Pairs) else [view.completions]
 
-    def share(self, groups: Sequence[TokenGroup]) -> Share:
-        """Cut a global batch into micro-batches; every rank computes the same plan and keeps its part."""
+    def share(self, groups: Sequence[TokenGroup], counted: bool = True) -> Share:
+        """Cut a global batch into micro-batches; every rank computes the same plan and keeps its part.
+
+        `counted`: whether units are counted, which asks the method; what is scored alone need not be trainable.
+        """
         groups = tuple(groups)
         starts = [0]
         for group in groups:
@@ -116,7 +119,7 @@ class Engine:
             dummy = self._micro([min(groups, key=lambda group: group.tokens)], [0], dummy=True)
             micros = [dummy] * missing + micros
         width = max(len(c) for group in groups for c in (*group.completions, *group.mismatched))
-        return Share(micros, groups, self._counts(groups), starts[-1], width)
+        return Share(micros, groups, self._counts(groups) if counted else {}, starts[-1], width)
 
     def _counts(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
         # Units depend on the data alone, so a loss of zeros counts them exactly, before any forward and on every rank.

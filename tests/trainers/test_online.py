@@ -56,6 +56,19 @@ def test_the_reward_rises(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(line["loss"]) for line in log_of(tmp_path) if "loss" in line)
 
 
+@pytest.mark.parametrize("name", sorted(ONLINE))
+def test_a_check_and_an_evaluation_of_every_method(name: str, tmp_path: Path) -> None:
+    """Neither has what training makes of rollouts: pairs, advantages, and before an evaluation's end rewards."""
+    run = trainer(tmp_path, name, ONLINE[name], eval_rows=rows(5))
+    engine = run.engine_for(run.model)
+    looked = run.look(engine, next(iter(run.get_train_dataloader())).groups[:2])
+    assert looked["prompts"] == 2 and looked["largest_difference"] < 1e-4
+    found = run.evaluate()
+    assert 0 <= found["eval_reward"] <= 1
+    if "ref_logp" in METHODS.get(name)(**ONLINE[name]).requires():
+        assert abs(found["eval_kl"]) < 1e-4  # nothing was trained
+
+
 @pytest.mark.parametrize("name", ["online_dpo", "grpo", "nash_md", "rloo"])
 def test_the_gradient_is_that_of_the_plain_step(name: str, tmp_path: Path) -> None:
     """On the rollouts that the run itself drew: one sequence at a time, one backward."""
