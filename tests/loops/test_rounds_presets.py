@@ -311,6 +311,12 @@ def test_a_preset_lies_below_the_recipe(here: Path) -> None:
     assert loop.read(again) == made, "the recipe that a loop keeps says the same"
 
 
+def test_a_self_rewarding_policy_judges_with_points(here: Path) -> None:
+    made = loop.read(write(here, Path("some-org/some-model"), "out", {"preset": "self_rewarding"}))
+    (judge,) = made.collect.feedback
+    assert (judge.kind, judge.file, judge.samples, judge.model) == ("judge", "points", 3, None), "no model: the policy"
+
+
 def test_prompts_that_do_not_suffice_are_counted(models: Any, here: Path) -> None:
     file = write(here, models[0], "out", {"preset": "sppo", "prompts": 20}, **BY_WINS)
     with pytest.raises(AlignError, match="there are 24 rows"):

@@ -168,3 +168,18 @@ def test_a_second_loop_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         raise AssertionError("two loops at once")
     with locked(tmp_path / "out", print):
         pass
+
+
+def test_a_stage_that_outlived_its_loop_is_waited_for(tmp_path: Path) -> None:
+    """As after a kill of the coordinator alone: the lock is held by a process whose loop is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(timeout=60)
+    (tmp_path / ".lock").write_text(f"{gone.pid}\n")
+    held = "import fcntl, time; f = open('.lock', 'a'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(1)"
+    stage = subprocess.Popen([sys.executable, "-c", held], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert stage.stdout is not None and stage.stdout.readline() == b"1\n"
+    said: list[str] = []
+    with locked(tmp_path, said.append):
+        assert stage.wait(timeout=60) == 0
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert len(said) == 1 and "waiting" in said[0]
