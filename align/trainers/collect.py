@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.core.errors import ConfigError
+from align.core.errors import AlignError, ConfigError, TrainingError
 from align.core.seeds import derive
 from align.data.groups import TokenGroup
 from align.data.rollouts import Answer, RolloutGroup
@@ -17,6 +17,7 @@ from align.feedback.accounts import Account, apply
 from align.feedback.base import Feedback
 from align.methods.base import Draw, Rollouts
 from align.sampling.base import Rollout, Sampler, SamplingParams
+from align.trainers.rollouts import reward_of
 
 _SEEDS = 1 << 53
 
@@ -34,6 +35,8 @@ class Collector:
         feedbacks: all are asked about every answer.
         params: of every draw; the seed is set here.
         models: origin -> the name that its answers carry.
+        held_out: asked too, each by itself; what they say stands among an answer's rewards under their names, for
+            measuring. A preference model's is the mean probability of beating the prompt's other answers.
     """
 
     asked: Rollouts
@@ -43,6 +46,7 @@ class Collector:
     rank: int = 0
     world: int = 1
     models: Mapping[str, str] = field(default_factory=dict)
+    held_out: Sequence[Feedback] = ()
 
     def __post_init__(self) -> None:
         missing = [draw.origin for draw in self.asked.draws if draw.origin not in self.samplers]
@@ -52,10 +56,27 @@ class Collector:
             raise ConfigError("there is no feedback", mend="name a reward function, a reward model or a judge")
 
     def __call__(self, prompts: Sequence[TokenGroup], seed: int, iteration: int) -> tuple[list[RolloutGroup], Account]:
-        """The prompts with all their answers, judged, in their order; and an account of the judging. A collective."""
-        groups = self.draw(prompts, seed, iteration)
-        judged, account = apply(self.feedbacks, groups, derive(seed, "feedback") % _SEEDS)
-        return self._of_all(judged, len(prompts)), account
+        """The prompts with all their answers, judged, in their order; and an account of the judging. A collective.
+
+        Raises:
+            AlignError: on every rank where sampling or judging fails on one, so that none waits for it.
+        """
+        try:
+            mine: Any = self._judged(self.draw(prompts, seed, iteration), seed)
+        except Exception as error:  # whatever it is, the other ranks must hear of it before it is raised here
+            if self.world == 1:
+                raise
+            mine = error
+        return self._of_all(mine, len(prompts))
+
+    def _judged(self, groups: list[RolloutGroup], seed: int) -> tuple[list[RolloutGroup], Account]:
+        own = derive(seed, "feedback") % _SEEDS
+        judged, account = apply(self.feedbacks, groups, own)
+        for one in self.held_out:
+            apart, more = apply([one], groups, own)
+            judged = [_beside(group, other, one.name) for group, other in zip(judged, apart, strict=True)]
+            account = account + more
+        return judged, account
 
     def draw(self, prompts: Sequence[TokenGroup], seed: int, iteration: int) -> list[RolloutGroup]:
         """The answers to this rank's part of the prompts, which nobody has judged."""
@@ -77,12 +98,35 @@ class Collector:
         model = self.models.get(draw.origin, "")
         return [(place, [_answer(one, draw, params, model) for one in drawn[place]]) for place in mine]
 
-    def _of_all(self, judged: list[RolloutGroup], count: int) -> list[RolloutGroup]:
+    def _of_all(self, mine: Any, count: int) -> tuple[list[RolloutGroup], Account]:
+        """Every rank's judged groups in the order of the prompts, and the sum of the accounts."""
         if self.world == 1:
-            return judged
+            return mine  # type: ignore[no-any-return]
+        told = mine if not isinstance(mine, Exception) else _sendable(mine)
         parts: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(parts, judged)
-        return [parts[place % self.world][place // self.world] for place in range(count)]
+        torch.distributed.all_gather_object(parts, told)
+        if isinstance(mine, Exception):
+            raise mine
+        for rank, part in enumerate(parts):
+            if isinstance(part, AlignError):
+                raise TrainingError(f"rank {rank} failed: {part.what}", where=part.where, why=part.why, mend=part.mend)
+        groups = [parts[place % self.world][0][place // self.world] for place in range(count)]
+        return groups, sum((account for _, account in parts), Account())
+
+
+def _sendable(error: Exception) -> AlignError:
+    """What other ranks are told of a failure; an exception of a library need not survive the way."""
+    return error if isinstance(error, AlignError) else AlignError(f"{type(error).__name__}: {error}")
+
+
+def _beside(group: RolloutGroup, judged: RolloutGroup, name: str) -> RolloutGroup:
+    """The group with a held-out judge's numbers beside its rewards."""
+    values = reward_of(judged)
+    answers = (
+        replace(one, rewards={**one.rewards, name: float(value)})
+        for one, value in zip(group.answers, values, strict=True)
+    )
+    return replace(group, answers=tuple(answers))
 
 
 def _answer(drawn: Rollout, draw: Draw, params: SamplingParams, model: str) -> Answer:

@@ -179,12 +179,26 @@ class AlignConfig(TrainingArguments):
 
 ALIASES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 """Short names of metrics that recipes may use."""
-_HIGHER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps", "logps/", "logps_per_token")
+_HIGHER = (
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "reward",
+    "distinct",
+    "logps",
+    "logps/",
+    "logps_per_token",
+)
 _LOWER = (
     "loss",
     "terms/",
     "length",
     "displacement",
+    "kl",
+    "truncated",
+    "missing",
+    "no_spread",
+    "repeated",
     "rewards/rejected",
     "logps/rejected",
     "logps_per_token/rejected",

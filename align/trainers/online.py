@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from align.core.errors import ConfigError, DataError, suggestion
-from align.core.seeds import derive, generator
+from align.core.seeds import derive
 from align.data.groups import Preference, TokenCompletion, TokenGroup
 from align.data.rollouts import RolloutGroup
-from align.data.stream import GlobalBatch, Hole
+from align.data.stream import GlobalBatch, collate
 from align.feedback.accounts import Account
 from align.feedback.base import Feedback
 from align.methods.base import Method, Rollouts
@@ -28,15 +31,40 @@ from align.trainers import checkpoints, rollouts
 from align.trainers.collect import Collector
 from align.trainers.engine import Engine
 from align.trainers.health import Health, HealthOptions
+from align.trainers.online_checks import check_best, check_feedback, of_the_policy, say_kinds, still
 from align.trainers.online_config import OnlineConfig
 from align.trainers.preference import PreferenceTrainer
 from align.trainers.rollout_log import RolloutLog
 from align.trainers.rollout_metrics import measured, mismatch
 from align.trainers.samplers import Samplers, open_samplers, tell
+from align.trainers.silence import Silence
 
 logger = logging.getLogger(__name__)
+_FIXED = (
+    "rollout_epochs",
+    "rollout_minibatches",
+    "max_redraws",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "shaping",
+)
+"""Arguments that a resumed run may not change. Who samples it may: the distribution is the same."""
 PARITY_PROMPTS = 4
 """Prompts whose greedy completions are compared at the start of a launch, where another engine samples."""
+
+
+@dataclass(eq=False)
+class _Collected:
+    """What the draws of one batch of rollouts came to: judged groups, what of them may be trained on, why others not,
+    and what is told of them."""
+
+    judged: list[RolloutGroup] = field(default_factory=list)
+    groups: list[TokenGroup] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    account: Account = field(default_factory=Account)
+    scored: dict[str, list[float]] = field(default_factory=dict)
 
 
 class OnlineTrainer(PreferenceTrainer):
@@ -75,8 +103,12 @@ class OnlineTrainer(PreferenceTrainer):
         health: HealthOptions | None = None,
     ) -> None:
         args = OnlineConfig(output_dir="runs/align") if args is None else args
+        if not isinstance(args, OnlineConfig):
+            raise ConfigError(f"`args` is a {type(args).__name__}", mend="give an `OnlineConfig`")
         self.feedbacks = list(feedback) if isinstance(feedback, Sequence) else [feedback]
         self.eval_feedbacks = list(eval_feedback)
+        check_feedback([*self.feedbacks, *self.eval_feedbacks])
+        check_best(args.best_metric)
         self.model_name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "")
         super().__init__(
             model,
@@ -99,9 +131,12 @@ class OnlineTrainer(PreferenceTrainer):
             )
         args.check_sampling(self.method.id, asked.ratio)
         self.reward_weights = self._weights()
+        say_kinds(self.method.id, asked, self.feedbacks)
         stages = [*args.shaping_stages(), *((stage.id, stage.options) for stage in asked.shaping)]
         self.stages: list[ShapingStage] = [make(id_, options) for id_, options in stages]
         self.health = Health(health or HealthOptions())
+        self.silence = Silence()
+        self.health.trained |= {one.name for one in self.feedbacks}
         self.buffer: list[TokenGroup] = []
         self.shaping_state: dict[str, np.ndarray] = {}
         self.rollout_log = RolloutLog(self.args.output_dir, args.rollout_keep, self.args.should_save)
@@ -161,9 +196,11 @@ class OnlineTrainer(PreferenceTrainer):
         if self._dummy is None:
             prompt, end = self.data.dummy(), np.array([int(self.tokenizer.eos_token_id)])
             columns = {name: np.zeros(1) for name in (rollouts.ADVANTAGE, rollouts.SAMPLER)}
-            one = TokenCompletion(end, np.array([True]), np.array([0]), reward=0.0, role="policy", columns=columns)
-            pair = self.asked.select == "pair"
-            completions = (one,) if self.asked.select == "first" else (one, one)
+            one = TokenCompletion(end, np.array([True]), np.array([0]), reward=0.0, columns=columns)
+            pair, wrote = self.asked.select == "pair", [draw.origin for draw in self.asked.draws]
+            # Who wrote an answer is read by some losses (xpo), also by one times zero.
+            two = (replace(one, role=wrote[0]), replace(one, role=wrote[-1]))
+            completions = two[:1] if self.asked.select == "first" else two
             self._dummy = TokenGroup(
                 prompt.row, prompt.prompt, completions, (Preference(0, 1, margin=0.0),) if pair else ()
             )
@@ -191,22 +228,36 @@ class OnlineTrainer(PreferenceTrainer):
         return self._samplers
 
     def collect(self, engine: Engine, prompts: Sequence[TokenGroup], number: int) -> list[TokenGroup]:
-        """Sample, judge, select and shape one batch of rollouts; draws again where whole groups carry no signal."""
-        wanted, kept = len(prompts), list[TokenGroup]()
+        """Sample, judge, select and shape one batch of rollouts; draws again where whole groups carry no signal.
+
+        Shaping sees all groups of all draws as one batch, and a controller moves once for it.
+        """
+        wanted, held, trained = len(prompts), _Collected(), list[TokenGroup]()
+        state, told = self.shaping_state, dict[str, float]()
         for attempt in range(self.args.max_redraws + 1):
             seed = derive(self.args.seed, "rollouts", number, attempt)
-            kept += self._once(engine, prompts, seed, number)
-            missing = wanted - len(kept)
+            self._once(engine, prompts, seed, number, held)
+            trained = held.groups
+            if self.asked.select == "group" and held.groups:
+                batch = run(self.stages, rollouts.batch_of(held.groups, self.shaping_state))
+                trained, state, told = rollouts.shaped(held.groups, batch), dict(batch.state), dict(batch.metrics)
+            missing = wanted - len(trained)
             if missing <= 0 or attempt == self.args.max_redraws:
                 break
             prompts = self._more_prompts(missing, derive(seed, "more"))
-        if len(kept) < wanted:
-            logger.info("step %d: %d of %d prompts are trained on", self.state.global_step, len(kept), wanted)
-        return kept[:wanted]
+        self.shaping_state = state
+        if len(trained) < wanted:
+            logger.info("step %d: %d of %d prompts are trained on", self.state.global_step, len(trained), wanted)
+        if held.judged:
+            self.rollout_log.write(held.judged, number)
+            shaping = {f"shaping/{name}": value for name, value in told.items()}
+            self._tell(self._measured(held, len(trained)) | shaping)
+        return trained[:wanted]
 
-    def _once(self, engine: Engine, prompts: Sequence[TokenGroup], seed: int, number: int) -> list[TokenGroup]:
+    def _once(self, engine: Engine, prompts: Sequence[TokenGroup], seed: int, number: int, held: _Collected) -> None:
+        """One draw for some prompts, judged and selected, added to what there is."""
         if not prompts:
-            return []
+            return
         with self.samplers(engine).ready(self.state.global_step) as samplers:
             collect = Collector(
                 self.asked, samplers, self.feedbacks, self.args.sampling(), self.rank, self.world, self._models()
@@ -214,27 +265,32 @@ class OnlineTrainer(PreferenceTrainer):
             judged, account = collect(prompts, seed, number)
         if _missing(account):
             logger.warning("step %d: %s", self.state.global_step, account)
-        self.rollout_log.write(judged, number)
+        self.silence.hear(account)
         selected = rollouts.select(self.asked, judged, seed, self.reward_weights)
-        trained, scored = self._scored(engine, selected.groups)
-        metrics = measured(judged, selected.left_out, self.reward_weights) | scored
-        if self.asked.select == "group":
-            batch = run(self.stages, rollouts.batch_of(trained, self.shaping_state))
-            self.shaping_state = dict(batch.state)
-            trained = rollouts.shaped(trained, batch)
-            metrics |= {f"shaping/{name}": value for name, value in batch.metrics.items()}
-        metrics["rollout/trained_share"] = len(trained) / max(len(judged), 1)
-        self._tell(metrics)
-        return trained
+        groups, scored = self._scored(engine, selected.groups)
+        held.judged += judged
+        held.groups += groups
+        held.left_out.update(selected.left_out)
+        held.account = held.account + account
+        for name, value in scored.items():
+            held.scored.setdefault(name, []).append(value)
+
+    def _measured(self, held: _Collected, trained: int) -> dict[str, float]:
+        """What is told of a batch of rollouts; of several draws the mean, and of a largest difference the largest."""
+        found = measured(held.judged, held.left_out, self.reward_weights)
+        found |= {f"rollout/{name}": value for name, value in held.account.means.items()}
+        found |= {name: float((np.max if "largest" in name else np.mean)(held.scored[name])) for name in held.scored}
+        return found | {"rollout/trained_share": trained / len(held.judged)}
 
     def look(self, engine: Engine, prompts: Sequence[TokenGroup]) -> dict[str, Any]:
         """Sample for a few prompts, ask nobody, and score: what a check can say of a run that samples."""
         with self.samplers(engine).ready(self.state.global_step) as samplers:
-            collect = Collector(self.asked, samplers, self.feedbacks, self.args.sampling(), models=self._models())
+            asked = of_the_policy(self.asked)
+            collect = Collector(asked, samplers, self.feedbacks, self.args.sampling(), models=self._models())
             drawn = [_of_policy(group) for group in collect.draw(prompts, derive(self.args.seed, "look"), 0)]
         groups = [rollouts.token_group(group) for group in drawn]
-        share = engine.share(groups)
-        with torch.no_grad():
+        share = engine.share(groups, counted=False)
+        with torch.no_grad(), still(engine):
             found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
         said = mismatch(groups, found["logp"].double().cpu().numpy())
         answers = [one for group in drawn for one in group.answers]
@@ -253,19 +309,22 @@ class OnlineTrainer(PreferenceTrainer):
         if not groups or not (reads or not self._parity_told):
             return groups, {}
         share = engine.share(groups)
-        with torch.no_grad():
+        # As sampled, without an adapter's dropout: it would also draw from the random state that a resume restores.
+        with torch.no_grad(), still(engine):
             found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
         tables = {rollouts.OLD: found["logp"].double().cpu().numpy()}
-        said = mismatch(groups, tables[rollouts.OLD])
-        if rollouts.REF in tables:
-            said["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
+        whole = self.args.top_p == 1 and not self.args.top_k
+        said = mismatch(groups, tables[rollouts.OLD]) if whole else {}
         told: dict[str, float] = {}
         if rollouts.REF in found:
             tables[rollouts.REF] = found[rollouts.REF].double().cpu().numpy()
             told["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
         if not self._parity_told:
             self._parity_told = True
-            self._tell_parity(engine, groups, tables[rollouts.OLD])
+            if whole:
+                self._tell_parity(engine, groups, tables[rollouts.OLD])
+            else:
+                logger.info("sampler and trainer are not compared: `top_p` or `top_k` cut what is sampled from")
         return (rollouts.with_columns(groups, tables) if reads else groups), said | told
 
     def _tell_parity(self, engine: Engine, groups: Sequence[TokenGroup], logp: np.ndarray) -> None:
@@ -282,9 +341,11 @@ class OnlineTrainer(PreferenceTrainer):
         tell(compare([one.columns[rollouts.SAMPLER] for one in completions], scored, greedy))
 
     def _more_prompts(self, count: int, seed: int) -> list[TokenGroup]:
-        dataset = self.data.train.dataset
-        rows = generator(seed, "rows").integers(0, len(dataset), count).tolist()
-        return [item for item in dataset.__getitems__(rows) if not isinstance(item, Hole)]
+        """Prompts in the place of others, drawn as an epoch draws its rows; what is bad among them is counted."""
+        train = self.data.train
+        batch = collate(train.dataset.__getitems__(train.prepared.sampler(count, seed).batch(0)))
+        self.data.note(batch)
+        return list(batch.groups)
 
     def _models(self) -> dict[str, str]:
         return {"policy": f"{self.model_name or 'policy'}@{self.state.global_step}", "reference": self.model_name}
@@ -298,9 +359,10 @@ class OnlineTrainer(PreferenceTrainer):
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
         for finding in self.health.observe(self.state.global_step, metrics):
-            logger.warning("health: %s", finding.sentence)
-            if finding.severity == "stop":
-                self.control.should_training_stop = True
+            stops = finding.severity == "stop"
+            logger.warning("health%s: %s", " stops the run" if stops else "", finding.sentence)
+            if stops:
+                self.control.should_save = self.control.should_training_stop = True
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -325,41 +387,45 @@ class OnlineTrainer(PreferenceTrainer):
         return metrics
 
     def _judged_answers(self, engine: Engine, data: Any) -> dict[str, float]:
-        prompts = [group for batch in data.loader(self.args, False, self.args.prompts) for group in batch.groups][
-            : self.args.eval_prompts
-        ]
+        batches = data.loader(self.args, False, self.args.prompts)
+        prompts = list(itertools.islice((one for batch in batches for one in batch.groups), self.args.eval_prompts))
         if not prompts:
             raise DataError("no held-out row gives a prompt", mend="look at the rows of `data.eval`")
         with self.samplers(engine).ready(self.state.global_step) as samplers:
             collect = Collector(
-                self.asked,
+                of_the_policy(self.asked),
                 samplers,
-                [*self.feedbacks, *self.eval_feedbacks],
+                self.feedbacks,
                 self.args.sampling(),
                 self.rank,
                 self.world,
                 self._models(),
+                self.eval_feedbacks,
             )
             judged, account = collect(prompts, derive(self.args.seed, "evaluate"), self.state.global_step)
         if _missing(account):
             logger.warning("evaluation: %s", account)
-        own = [_of_policy(group) for group in judged]
-        found = {name.removeprefix("rollout/"): value for name, value in measured(own, {}, self.reward_weights).items()}
-        found |= self._kl(engine, own)
-        return found
+        found = measured(judged, {}, self.reward_weights)
+        found = {name.removeprefix("rollout/"): value for name, value in found.items()} | account.means
+        return found | self._kl(engine, [_of_policy(group) for group in judged])
 
     def _kl(self, engine: Engine, own: Sequence[RolloutGroup]) -> dict[str, float]:
         """KL to the reference in nats an answer, by the answers' own log-ratios; nothing without a reference."""
         if self.column is None or "ref_logp" not in engine.needed.reference:
             return {}
         groups = [rollouts.token_group(group) for group in own if len(group)]
-        share = engine.share(groups)
+        share = engine.share(groups, counted=False)
         with torch.no_grad():
             found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
         ratio = (found["logp"] - found["ref_logp"]).double().sum(1)
         return {"kl": float(ratio.mean())}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        own: dict[str, Any] = {name: getattr(self.args, name) for name in _FIXED}
+        own |= {"reward_weights": self.reward_weights, "feedback": {one.name: one.gives for one in self.feedbacks}}
+        return super()._identity() | json.loads(json.dumps(own, default=str))
 
     def _own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         numbers, tensors = super()._own_state()

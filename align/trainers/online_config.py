@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from align.core.errors import ConfigError
@@ -83,6 +83,12 @@ class OnlineConfig(AlignConfig):
         if made.kind == "server" and not made.urls:
             raise ConfigError("sampler `server` without `urls`", mend="name the addresses of running servers")
         return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it, which trackers are given."""
+        weights = None if self.reward_weights is None else dict(self.reward_weights)
+        stages = None if self.shaping is None else [dict(stage) for stage in self.shaping]
+        return {**super().to_dict(), "sampler": asdict(self.sampler), "reward_weights": weights, "shaping": stages}
 
     @property
     def prompts(self) -> int:

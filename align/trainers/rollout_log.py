@@ -26,12 +26,11 @@ class RolloutLog:
         self.keep, self.writes = keep, writes and keep != "none"
 
     def write(self, groups: Sequence[RolloutGroup], number: int) -> None:
-        """Batch `number`; a batch that is drawn again is added to what there is of it."""
+        """Batch `number`, all its draws. What a run that was killed left of the same batch is written over."""
         if not self.writes or not groups:
             return
         file = self.folder / f"{number:06d}.jsonl"
-        before = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-        atomic_lines(file, [*before, *_lines(groups)])
+        atomic_lines(file, _lines(groups))
         if self.keep == "last":
             for other in self.folder.glob("*.jsonl"):
                 if other != file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,9 +11,6 @@ from align.data.groups import TokenGroup
 from align.data.rollouts import RolloutGroup
 from align.trainers.rollouts import SAMPLER, reward_of
 from align.trainers.variety import distinct_share, no_spread_share, repeated_share
-
-_LONG = 7
-"""Tokens of an answer that has 4-grams to repeat."""
 
 
 def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]:
@@ -44,18 +42,23 @@ def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]
 def measured(
     groups: Sequence[RolloutGroup], left_out: Mapping[str, int], weights: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Means over the answers of a batch, name -> number.
+    """Means over the policy's answers of a batch, name -> number; where it wrote none itself, over all.
 
     `rollout/reward` is the sum that is trained on, `rollout/reward/NAME` each by itself; `length` counts tokens;
-    `truncated`, `missing` (without feedback) are shares of answers, `left_out` and `no_spread` (all rewards equal) of
-    prompts; `repeated` is the mean share of an answer's 4-grams that it said before, `distinct` that of different
-    2-grams among all answers to a prompt; `entropy` the mean of -log-prob of a sampled token, an estimate of the
-    sampler's entropy in nats.
+    `truncated`, `missing` (without feedback) are shares of answers, `left_out` and `no_spread` (rewards of all answers
+    are equal) of prompts; `repeated` is the mean share of an answer's 4-grams that it said before, `distinct` that of
+    different 2-grams among the answers to a prompt; `entropy` the mean of -log-prob of a sampled token, an estimate of
+    the sampler's entropy in nats.
     """
-    answers = [one for group in groups for one in group.answers]
+    own = [_own(group) for group in groups]
+    mine = [
+        replace(group, answers=tuple(group.answers[place] for place in places), wins=None)
+        for group, places in zip(groups, own, strict=True)
+    ]
+    answers = [one for group in mine for one in group.answers]
     if not answers:
         return {}
-    rewards = np.concatenate([reward_of(group, weights) for group in groups])
+    rewards = np.concatenate([reward_of(group, weights)[places] for group, places in zip(groups, own, strict=True)])
     found = {
         "rollout/length": float(np.mean([len(one) for one in answers])),
         "rollout/truncated": float(np.mean([not one.finished for one in answers])),
@@ -64,22 +67,13 @@ def measured(
     }
     if not np.isnan(rewards).all():
         found["rollout/reward"] = float(np.nanmean(rewards))
-        ranges = [np.ptp(own) for own in _known(groups, weights) if len(own) > 1]
-        if ranges:
-            found["rollout/no_spread"] = float(np.mean([one == 0 for one in ranges]))
-    repeats = [1 - _distinct([one.ids], 4) for one in answers if len(one) > _LONG]
-    if repeats:
-        found["rollout/repeated"] = float(np.mean(repeats))
-    several = [_distinct([one.ids for one in group.answers], 2) for group in groups if len(group) > 1]
-    if several:
-        found["rollout/distinct"] = float(np.mean(several))
     for name in sorted({name for one in answers for name in one.rewards}):
         values = np.array([one.rewards.get(name, np.nan) for one in answers])
         if not np.isnan(values).all():
             found[f"rollout/reward/{name}"] = float(np.nanmean(values))
     variety = {
-        "rollout/repeated": repeated_share(groups),
-        "rollout/distinct": distinct_share(groups),
+        "rollout/repeated": repeated_share(mine),
+        "rollout/distinct": distinct_share(mine),
         "rollout/no_spread": no_spread_share(groups, weights),
     }
     found |= {name: value for name, value in variety.items() if not np.isnan(value)}
@@ -89,13 +83,6 @@ def measured(
     return found
 
 
-def _known(groups: Sequence[RolloutGroup], weights: Mapping[str, float] | None) -> list[np.ndarray]:
-    """The rewards of each group that are there."""
-    rewards = [reward_of(group, weights) for group in groups]
-    return [own[~np.isnan(own)] for own in rewards]
-
-
-def _distinct(answers: Sequence[np.ndarray], n: int) -> float:
-    """Different n-grams of token ids as a share of all, over some answers; 1 where there are none."""
-    grams = [tuple(ids[i : i + n]) for ids in (one.tolist() for one in answers) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+def _own(group: RolloutGroup) -> list[int]:
+    """Places of the policy's answers, of all where there are none."""
+    return [place for place, one in enumerate(group.answers) if one.origin == "policy"] or list(range(len(group)))

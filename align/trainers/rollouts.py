@@ -64,8 +64,12 @@ def win_matrix(group: RolloutGroup, weights: Mapping[str, float] | None = None) 
 
 
 def reward_of(group: RolloutGroup, weights: Mapping[str, float] | None = None) -> np.ndarray:
-    """float64 [K]: the weighted rewards, else the mean probability of beating the other answers; NaN where missing."""
-    if group.wins is None or any(one.rewards for one in group.answers):
+    """float64 [K]: the weighted rewards, else the mean probability of beating the other answers; NaN where missing.
+
+    A reward without a weight, such as a held-out judge's, does not stand in the way of the wins.
+    """
+    weighed = any(weights is None or weights.get(name) for one in group.answers for name in one.rewards)
+    if group.wins is None or weighed:
         return group.rewards(weights)
     others = group.wins.copy()
     np.fill_diagonal(others, np.nan)
@@ -84,8 +88,11 @@ def _group(asked: Rollouts, group: RolloutGroup, seed: int, weights: Mapping[str
 
 def _pair(asked: Rollouts, group: RolloutGroup, seed: int, weights: Mapping[str, float] | None) -> TokenGroup | str:
     first, second = group.answers[:2]
-    rewards = group.rewards(weights)
-    p = float(win_matrix(group, weights)[0, 1]) if asked.feedback == "preference" else _likelier(rewards)
+    if asked.feedback == "preference":
+        rewards, p = group.rewards(weights), float(win_matrix(group, weights)[0, 1])
+    else:
+        rewards = reward_of(group, weights)
+        p = _likelier(rewards)
     if np.isnan(p):
         return "no feedback"
     if np.array_equal(first.ids, second.ids):
@@ -142,7 +149,7 @@ def _completion(answer: Answer, reward: float) -> TokenCompletion:
 
 
 def token_group(group: RolloutGroup) -> TokenGroup:
-    """All answers of a group, for scoring them."""
+    """All answers of a group, for scoring them alone."""
     return _token_group(group, [_completion(one, np.nan) for one in group.answers])
 
 

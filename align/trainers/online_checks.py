@@ -1,0 +1,72 @@
+"""What an online run is refused for or told before it samples, and small parts of its looks at itself."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from align.core.errors import ConfigError
+from align.feedback.base import Feedback
+from align.methods.base import Draw, Rollouts
+from align.trainers.engine import Engine
+
+logger = logging.getLogger(__name__)
+_EVALUATED = ("reward", "kl", "length", "truncated", "missing", "no_spread", "repeated", "distinct", "entropy")
+"""What an evaluation measures, beside `reward/NAME`."""
+
+
+def check_feedback(given: Sequence[Any]) -> None:
+    """Refuse what judges nothing, and two of one name."""
+    make = "open_feedback(FeedbackSpec(kind='function', name='my_file:my_reward'))"
+    for one in given:
+        if not hasattr(one, "judge"):
+            raise ConfigError(
+                f"`feedback` holds a {type(one).__name__}, which has no `judge`",
+                mend=f"make a feedback of a reward function: {make}, of align.feedback",
+            )
+    twice = [name for name, count in Counter(one.name for one in given).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two feedbacks are named `{twice[0]}`", mend="give each a name of its own")
+
+
+def check_best(metric: str | None) -> None:
+    """Refuse a metric that no evaluation of an online run gives, before hours are spent until the first."""
+    name = (metric or "reward").removeprefix("eval_")
+    if name not in _EVALUATED and ("/" not in name or name.startswith("rewards/")):
+        raise ConfigError(
+            f"`best_metric` is `{metric}`, which evaluation of an online run does not give",
+            mend="use one of reward, reward/NAME of a feedback, " + ", ".join(_EVALUATED[1:]),
+        )
+
+
+def say_kinds(method: str, asked: Rollouts, feedbacks: Sequence[Feedback]) -> None:
+    """What becomes of feedback of the kind that the method does not ask for."""
+    other = [f"`{one.name}`" for one in feedbacks if one.gives != asked.feedback]
+    if other and len(other) < len(feedbacks):
+        logger.warning("%s trains on %ss alone: %s will be asked and logged", method, asked.feedback, ", ".join(other))
+    elif other and asked.feedback == "preference":
+        logger.info("%s asks for preferences: of two answers that of the larger reward wins; equal ones tie", method)
+    elif other:
+        logger.info("%s asks for rewards: an answer's is its mean probability of beating the prompt's others", method)
+
+
+@contextmanager
+def still(engine: Engine) -> Iterator[None]:
+    """Without dropout."""
+    training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(training)
+
+
+def of_the_policy(asked: Rollouts) -> Rollouts:
+    """What is drawn to see how the policy does: where it trains on a mixture's answers alone, its own instead."""
+    if any(draw.origin == "policy" for draw in asked.draws):
+        return asked
+    return replace(asked, draws=tuple(Draw("policy", draw.count) for draw in asked.draws))
