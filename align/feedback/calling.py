@@ -7,6 +7,7 @@ import inspect
 import logging
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -125,7 +126,7 @@ def each(
     """
     out: dict[int, R | Failed] = {}
     waiting = [list(range(start, min(start + batch, len(items)))) for start in range(0, len(items), batch)][::-1]
-    lost = 0
+    lost, told = 0, Counter[str]()
     while waiting:
         part = waiting.pop()
         if lost >= HOPELESS:
@@ -140,7 +141,10 @@ def each(
             failed = _failed(error)
             if len(part) == 1:
                 lost = lost + 1 if isinstance(error, costly) else 0
-                _log.warning("%s: %s%s", owner, failed.reason, _where(error))
+                said = f"{owner}: {failed.reason}{_where(error)}"
+                told[said] += 1
+                if told[said] == 1:
+                    _log.warning("%s", said)
         else:
             out |= dict(zip(part, found, strict=True))
             lost = 0
@@ -152,6 +156,9 @@ def each(
         else:
             middle = len(part) // 2
             waiting += [part[middle:], part[:middle]]
+    for said, count in told.items():
+        if count > 1:
+            _log.warning("%s, %d times in all", said, count)
     return [out[i] for i in range(len(items))]
 
 
