@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.core.errors import ConfigError
+from align.core.errors import ConfigError, DataError
 from align.methods import METHODS
 from align.sampling.base import SamplingParams
 from align.sampling.hf import HFSampler
@@ -379,3 +379,24 @@ def test_sampling_leaves_the_models_settings_alone(tmp_path: Path) -> None:
     run.train()
     assert not run.model.policy.config.use_cache
     assert SamplingParams(max_new_tokens=6) == run.args.sampling()
+
+
+def test_a_run_that_nobody_judges_stops(tmp_path: Path) -> None:
+    """Three batches without a judgement; a single one among them, and it goes on."""
+    with pytest.raises(DataError, match="judged by nobody") as error:
+        trainer(tmp_path / "never", "grpo", {"num_generations": 2}, feedback=Paid(fails=range(48))).train()
+    assert "out of order" in str(error.value) and len(log_of(tmp_path / "never")) == 2
+    every_row_of_two_batches_of_three = Sometimes()
+    trainer(tmp_path / "again", "grpo", {"num_generations": 2}, feedback=every_row_of_two_batches_of_three).train()
+    assert every_row_of_two_batches_of_three.batches == 6
+
+
+class Sometimes(Paid):
+    """Judges every third batch."""
+
+    batches = 0
+
+    def judge(self, groups: Any, seed: int, progress: Any = None) -> Any:
+        self.batches += 1
+        self.fails = set() if self.batches % 3 == 0 else set(range(48))
+        return super().judge(groups, seed)
