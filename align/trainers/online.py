@@ -35,7 +35,7 @@ from align.trainers.online_checks import check_best, check_feedback, of_the_poli
 from align.trainers.online_config import OnlineConfig
 from align.trainers.preference import PreferenceTrainer
 from align.trainers.rollout_log import RolloutLog
-from align.trainers.rollout_metrics import measured, mismatch
+from align.trainers.rollout_metrics import by_the_policy, measured, mismatch
 from align.trainers.samplers import Samplers, open_samplers, tell
 from align.trainers.silence import Silence
 
@@ -329,16 +329,15 @@ class OnlineTrainer(PreferenceTrainer):
 
     def _tell_parity(self, engine: Engine, groups: Sequence[TokenGroup], logp: np.ndarray) -> None:
         """How far the sampler is from the trainer, once a launch; of another engine, its greedy tokens too."""
-        completions = [one for group in groups for one in group.completions]
-        if not all(rollouts.SAMPLER in one.columns for one in completions):
+        own = by_the_policy(groups, logp)
+        if not own:
             return
         greedy = None
         if self.args.sampler.kind != "hf":
             prefixes = [group.prompt.tolist() for group in groups[:PARITY_PROMPTS]]
             with self.samplers(engine).ready(self.state.global_step):
                 greedy = self.samplers(engine).greedy(prefixes, self.args.max_new_tokens)
-        scored = [row[: len(one)] for row, one in zip(logp, completions, strict=True)]
-        tell(compare([one.columns[rollouts.SAMPLER] for one in completions], scored, greedy))
+        tell(compare([one.columns[rollouts.SAMPLER] for _, one in own], [row for row, _ in own], greedy))
 
     def _more_prompts(self, count: int, seed: int) -> list[TokenGroup]:
         """Prompts in the place of others, drawn as an epoch draws its rows; what is bad among them is counted."""

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.data.groups import TokenGroup
+from align.data.groups import TokenCompletion, TokenGroup
 from align.data.rollouts import RolloutGroup
 from align.trainers.rollouts import SAMPLER, reward_of
 from align.trainers.variety import distinct_share, no_spread_share, repeated_share
 
 
 def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]:
-    """The sampler's log-probs against the trainer's of the same tokens, at the same temperature.
+    """The sampler's log-probs against the trainer's of the same tokens, at the same temperature, of what the policy
+    wrote: those of a reference or a mixture are by another policy.
 
     Args:
         logp: float64 [N, T], the trainer's, rows in the order of the completions.
@@ -24,10 +25,10 @@ def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]
         e^d - d - 1 with d = trainer - sampler, an estimate of KL(sampler || trainer); `sampler/ess`, the effective
         sample size of the completions' ratios as a share of their number. Nothing where log-probs did not come along.
     """
-    completions = [one for group in groups for one in group.completions]
-    if not completions or not all(SAMPLER in one.columns for one in completions):
+    pairs = by_the_policy(groups, logp)
+    if not pairs:
         return {}
-    gaps = [(row[: len(one)] - one.columns[SAMPLER])[one.mask] for row, one in zip(logp, completions, strict=True)]
+    gaps = [(row - one.columns[SAMPLER])[one.mask] for row, one in pairs]
     tokens = np.concatenate(gaps)
     sums = np.array([gap.sum() for gap in gaps])
     weights = np.exp(sums - sums.max())
@@ -37,6 +38,17 @@ def mismatch(groups: Sequence[TokenGroup], logp: np.ndarray) -> dict[str, float]
         "sampler/kl": float((np.expm1(tokens) - tokens).mean()),
         "sampler/ess": float(weights.sum() ** 2 / (weights**2).sum() / len(weights)),
     }
+
+
+def by_the_policy(groups: Sequence[TokenGroup], logp: np.ndarray) -> list[tuple[np.ndarray, TokenCompletion]]:
+    """(the trainer's log-probs [T], completion) of the policy's own; nothing where one has no log-probs of a sampler.
+
+    Args:
+        logp: as for `mismatch`.
+    """
+    completions = [one for group in groups for one in group.completions]
+    own = [(row[: len(one)], one) for row, one in zip(logp, completions, strict=True) if one.role == "policy"]
+    return own if all(SAMPLER in one.columns for _, one in own) else []
 
 
 def measured(

@@ -15,6 +15,7 @@ from align.sampling.base import Rollout, Sampler, SamplingParams
 from align.sampling.hf import HFSampler
 from align.sampling.parity import Greedy, ParityReport, PlainForward, compare_greedy
 from align.sampling.spec import SamplerSpec
+from align.sampling.weights import full_weights
 from align.trainers.engine import Engine
 from align.trainers.online_config import OnlineConfig
 
@@ -56,6 +57,11 @@ class Samplers:
             return
         if new and self._pushes:
             sampler.sync(self._policy)
+        elif new and is_cut(self._policy):
+            # Gathering the weights is a collective (ZeRO-3): the rank that pushes would wait for this one, which waits
+            # for it at the barrier.
+            for _ in full_weights(self._policy):
+                pass
         self._barrier()
         self._synced = step
         yield self.by_origin
@@ -72,6 +78,11 @@ class Samplers:
             end: Callable[[], None] | None = getattr(sampler, "close", None)
             if end is not None:
                 end()
+
+
+def is_cut(module: Any) -> bool:
+    """Whether weights are cut over ranks (ZeRO-3, FSDP2)."""
+    return any(hasattr(one, "ds_id") or hasattr(one, "placements") for one in module.parameters())
 
 
 def tell(report: ParityReport) -> None:
@@ -130,17 +141,17 @@ def open_samplers(
     Raises:
         ConfigError: the weights are cut over ranks, a sampler cannot do what a method wants, or it is not installed.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in engine.roles.parameters()) and args.sampler.kind == "hf":
-        raise ConfigError(
-            "sampling with `hf` from weights that are cut over ranks",
-            why="every rank samples with whole weights",
-            mend="use ZeRO-2 or plain data parallelism, or the sampler `vllm` or `server`",
-        )
     compute = lambda: engine.roles.autocast(engine.device.type)  # noqa: E731
     policy = engine.roles.policy
     world = accelerator.num_processes
-    found: dict[str, Sampler] = {"policy": _policy_sampler(args, engine, tokenizer, model_name, world)}
     origins = {draw.origin for draw in asked.draws}
+    if (is_cut(engine.roles) or args.fsdp) and (args.sampler.kind == "hf" or origins - {"policy"}):
+        raise ConfigError(
+            "sampling with `hf` from weights that are cut over ranks",
+            why="every rank samples with whole weights; and a reference is sampled from with `hf` in any case",
+            mend="use ZeRO-2 or plain data parallelism; or, for the policy alone, the sampler `server`",
+        )
+    found: dict[str, Sampler] = {"policy": _policy_sampler(args, engine, tokenizer, model_name, world)}
     if origins - {"policy"} and (reference is None or reference.model is None):
         raise ConfigError("the method samples from a reference, and the run has none", mend="leave it `frozen`")
     if origins - {"policy"} and args.sampler.kind != "hf":
@@ -168,7 +179,8 @@ def _policy_sampler(args: OnlineConfig, engine: Engine, tokenizer: Any, model_na
     if args.sampler.kind == "server":
         from align.sampling.server import ServerSampler, ServerSettings
 
-        push: Literal["adapter", "folder"] = "adapter" if hasattr(engine.roles.policy, "peft_config") else "folder"
+        adapter = hasattr(engine.roles.policy, "peft_config") and not is_cut(engine.roles)
+        push: Literal["adapter", "folder"] = "adapter" if adapter else "folder"
         folder = Path(args.output_dir) / PUSHED
         spec: SamplerSpec = args.sampler
         settings = ServerSettings(push=push, folder=folder, deadline=spec.deadline, tries=spec.retries + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from align.data.rollouts import Answer, RolloutGroup
 from align.feedback.base import Verdict
 from align.methods import METHODS
 from align.methods.base import Draw, Rollouts
+from align.sampling import weights
 from align.sampling.base import SamplingParams
 from align.sampling.hf import HFSampler
 from align.sampling.spec import SamplerSpec
@@ -29,6 +31,7 @@ from align.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from align.trainers import AlignConfig, OnlineConfig, OnlineTrainer, rollouts
 from align.trainers.collect import Collector
 from align.trainers.rollout_metrics import measured
+from align.trainers.samplers import Samplers
 from tests.trainers.online_parts import Paid, log_of, rows, trainer
 from tests.trainers.test_online import ONLINE, Stop, final
 
@@ -282,6 +285,53 @@ def test_rollouts_that_a_killed_run_kept_are_written_over(tmp_path: Path) -> Non
     assert kept == [8, 8, 8, 8]
 
 
+def test_a_last_batch_smaller_than_its_parts_is_trained_once(tmp_path: Path) -> None:
+    """13 prompts, 12 a batch in four parts: the second batch is one prompt, and three of its parts are empty."""
+    given = {"rollout_minibatches": 4, "global_batch_size": 3, "max_steps": 8, "max_new_tokens": 4}
+    args = OnlineConfig(str(tmp_path), use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no", **given)
+    judge = Paid()
+    run = OnlineTrainer(
+        tiny_model(seed=1),
+        METHODS.get("grpo")(num_generations=4),
+        args,
+        rows(13),
+        None,
+        tiny_tokenizer(),
+        feedback=judge,
+    )
+    sizes: list[int] = []
+    whole = run.groups_of
+    run.groups_of = lambda *given: (found := whole(*given), sizes.append(len(found)))[0]  # type: ignore[method-assign]
+    run.train()
+    assert run.state.global_step == 8 and len(judge.seen) == 13
+    assert sizes[:4] == [3, 3, 3, 3] and sorted(sizes[4:]) == [0, 0, 0, 1]
+    assert len({own.row.row for own in judge.seen}) == 13
+
+
+@pytest.mark.parametrize("name", ["xpo", "nash_md"])
+def test_an_adapter_and_its_base_sample_apart_under_checkpointing(name: str, tmp_path: Path) -> None:
+    judge = Paid()
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    given = {"max_steps": 2, "learning_rate": 1e-2, "global_batch_size": 4, "max_new_tokens": 5}
+    args = OnlineConfig(
+        str(tmp_path), use_cpu=True, disable_tqdm=True, gradient_checkpointing=True, logging_steps=1, **given
+    )
+    run = OnlineTrainer(
+        tiny_model(seed=1), METHODS.get(name)(), args, rows(), None, tiny_tokenizer(), lora, feedback=judge
+    )
+    run.train()
+    line = next(line for line in log_of(tmp_path) if "sampler/largest_difference" in line)
+    assert line["sampler/largest_difference"] < 1e-4
+    base = tiny_model(seed=1).eval()
+
+    for own in judge.seen[4:6]:
+        one = own.answers[1]
+        whole = torch.tensor([[*own.prompt_ids.tolist(), *one.ids.tolist()]])
+        logp = base(input_ids=whole).logits[0, len(own.prompt_ids) - 1 : -1].log_softmax(-1)
+        gap = np.abs(logp.gather(-1, torch.as_tensor(one.ids)[:, None])[:, 0].detach().numpy() - one.logp).max()
+        assert bool(gap < 1e-4) is (name == "xpo"), "the reference is the base alone, the mixture neither"
+
+
 @pytest.mark.parametrize("name", ["grpo", "nash_md", "rebel", "xpo"])
 def test_steps_without_any_feedback_train_nothing(name: str, tmp_path: Path) -> None:
     trainer(tmp_path, name, ONLINE[name], Paid(fails=range(48)), max_steps=2).train()
@@ -345,6 +395,48 @@ def test_the_account_is_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [own.row.row for own in groups] == [0, 1, 2]
         assert account.counts["paid"].asked == 6
         assert dict(account.counts["paid"].missing) == {"out of order": 2}
+
+
+def test_every_rank_takes_part_where_the_weights_of_a_push_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 the rank that pushes waits in each gathering for the others; they waited for it at the barrier."""
+    gathered: list[int] = []
+
+    def gather(values: Any) -> Any:
+        gathered.append(len([value for value in values if hasattr(value, "ds_id")]))
+        return nullcontext()
+
+    monkeypatch.setattr(weights, "_gathered", gather)
+    policy, at_barrier = tiny_model(seed=1), list[int]()
+    samplers = Samplers({"policy": NoSync()}, policy, False, lambda: at_barrier.append(sum(gathered)))
+    with samplers.ready(0):
+        assert at_barrier == [0], "whole weights are not gathered"
+    for parameter in policy.parameters():
+        parameter.ds_id = 1  # type: ignore[attr-defined]
+    with samplers.ready(1), samplers.ready(1):
+        assert at_barrier[1:] == [len(list(policy.parameters()))] * 2, "once for new weights, before the barrier"
+
+
+class NoSync:
+    """A sampler that another rank pushes to."""
+
+    capabilities: frozenset[str] = frozenset()
+
+    def sync(self, policy: Any) -> None:
+        raise AssertionError("this rank pushes nothing")
+
+
+@pytest.mark.parametrize("cut", ["zero3", "fsdp"])
+def test_a_reference_is_not_sampled_from_a_shard(cut: str, tmp_path: Path) -> None:
+    """xpo with a server for the policy passed the check, and its reference is sampled from in place."""
+    spec = SamplerSpec(kind="server", urls=["http://localhost:1"])
+    run = trainer(tmp_path, "xpo", sampler=spec)
+    engine = run.engine_for(run.model)
+    if cut == "zero3":
+        next(run.model.parameters()).ds_id = 1  # type: ignore[attr-defined]
+    else:
+        run.args.fsdp = ["full_shard"]
+    with pytest.raises(ConfigError, match="cut over ranks"):
+        run.samplers(engine)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
