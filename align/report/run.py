@@ -19,10 +19,10 @@ TOKENS = "token_rewards.jsonl"
 PAGE = "report.html"
 _EVAL = "eval_"
 _CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
-    "rollout/reward": ("Reward of the policy's answers", "reward", {"rollout/reward": "", "reward": ""}),
-    "rollout/kl": ("Distance to the reference", "KL in nats an answer", {"rollout/kl": "", "kl": ""}),
-    "rollout/length": ("Length of the answers", "tokens", {"rollout/length": "", "length": ""}),
-    "rollout/entropy": ("Entropy of the sampler", "nats a token", {"rollout/entropy": "", "entropy": ""}),
+    "rollout/reward": ("Reward of the policy's answers", "reward", {"rollout/reward": ""}),
+    "rollout/kl": ("Distance to the reference", "KL in nats an answer", {"rollout/kl": ""}),
+    "rollout/length": ("Length of the answers", "tokens", {"rollout/length": ""}),
+    "rollout/entropy": ("Entropy of the sampler", "nats a token", {"rollout/entropy": ""}),
     "loss": ("Loss", "loss", {"loss": ""}),
     "rewards/accuracies": ("Reward accuracy", "share of pairs, chosen above rejected", {"rewards/accuracies": ""}),
     "rewards/margins": ("Reward margin", "implicit reward, chosen minus rejected", {"rewards/margins": ""}),
@@ -41,6 +41,8 @@ _CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
     "learning_rate": ("Learning rate", "learning rate", {"learning_rate": ""}),
 }
 """First metric of a curve -> title, y label, and its metrics with their names in the legend. In the page's order."""
+_ROLLOUT = "rollout/"
+"""Before the metrics of training's samples, whose evaluations have none: `kl` in training is a method's, by token."""
 _NOT_CURVES = {"step", "epoch", "train_runtime", "total_flos", "train_loss"}
 _EXAMPLES = 3
 
@@ -125,11 +127,16 @@ def _curves(steps: list[dict[str, Any]]) -> tuple[list[Part], list[Part]]:
     names = list(dict.fromkeys(key.removeprefix(_EVAL) for key in keys if key not in _NOT_CURVES))
     first: list[Part] = []
     shown: set[str] = set()
+    told: set[str] = set()
     for title, label, metrics in _CURVES.values():
-        curve = _curve(title, label, metrics, steps)
+        held_out = {name.removeprefix(_ROLLOUT): legend for name, legend in metrics.items()}
+        if held_out.keys() != metrics.keys() and not metrics.keys() & set(keys):
+            continue  # not a run that samples
+        curve = _curve(title, label, metrics, steps, held_out)
         if curve.series:
             first.append(curve)
             shown |= metrics.keys()
+            told |= held_out.keys()
     more: list[Part] = []
     for name in names:
         if name in shown:
@@ -141,16 +148,23 @@ def _curves(steps: list[dict[str, Any]]) -> tuple[list[Part], list[Part]]:
         shown |= set(together)
         metrics = {metric: metric.removeprefix(f"{stem}/") if stem else "" for metric in together}
         label = _words(stem or name)
-        curve = _curve(label[:1].upper() + label[1:], label, metrics, steps)
+        held_out = {metric: legend for metric, legend in metrics.items() if metric not in told}
+        curve = _curve(label[:1].upper() + label[1:], label, metrics, steps, held_out)
         if curve.series:
             more.append(curve)
     return first, more
 
 
-def _curve(title: str, label: str, metrics: Mapping[str, str], steps: Iterable[Mapping[str, Any]]) -> Curve:
+def _curve(
+    title: str,
+    label: str,
+    metrics: Mapping[str, str],
+    steps: Iterable[Mapping[str, Any]],
+    held_out: Mapping[str, str],
+) -> Curve:
     series: dict[str, list[tuple[int, float]]] = {}
-    for prefix, when in (("", "training"), (_EVAL, "evaluation")):
-        for metric, legend in metrics.items():
+    for prefix, when, named in (("", "training", metrics), (_EVAL, "evaluation", held_out)):
+        for metric, legend in named.items():
             key = prefix + metric
             points = _points(steps, key)
             if points:
@@ -323,4 +337,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _words(key: str) -> str:
-    return key.replace("_", " ")
+    return " ".join("KL" if word == "kl" else word for word in key.split("_"))

@@ -68,6 +68,19 @@ def test_the_verdict_is_of_the_reward_and_its_price(tmp_path: Path, evaluated: b
     assert ("evaluation" in reward.series) is evaluated
 
 
+def test_distance_is_in_nats_an_answer(tmp_path: Path) -> None:
+    """A method's own `kl` is by token, and its `length` of what is trained on: neither is drawn in the same curve."""
+    folder = run(tmp_path, True)
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    mixed = [one | ({"kl": 0.01} if "rollout/kl" in one else {}) for one in entries]
+    (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in mixed))
+    found = sections(folder)
+    (distance,) = [one for one in found["Curves"].parts if getattr(one, "title", "") == "Distance to the reference"]
+    assert distance.series == {"training": [(1, 0.5), (2, 1.0), (3, 1.5)], "evaluation": [(1, 0.2), (3, 1.7)]}
+    (own,) = [one for one in found["More curves"].parts if getattr(one, "title", "") == "KL"]
+    assert own.series == {"training": [(1, 0.01), (2, 0.01), (3, 0.01)]}
+
+
 def test_kept_rollouts_are_shown_with_what_they_earned(tmp_path: Path) -> None:
     run(tmp_path, True)
     assert [one.name for one in (tmp_path / "rollouts").iterdir()] == ["000002.jsonl"]
