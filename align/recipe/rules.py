@@ -148,14 +148,7 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
                 where=given.get("method.name", ""),
                 mend="set `reference.guide`, for example to a finished dpo run's `policy` folder",
             )
-    best = recipe.eval.best
-    if uses is not None and best is not None and uses.view != "pairs" and best.removeprefix("eval_") in _PAIR_METRICS:
-        yield ConfigError(
-            f"`eval.best` is `{best}`, which only pairs have",
-            where=given.get("eval.best", ""),
-            why=f"`{recipe.method.name}` reads {uses.view}",
-            mend="write `loss`, or leave it out",
-        )
+        yield from _best(recipe, given, uses)
     if recipe.reference.kind == "adapter_off" and recipe.model.peft is None:
         yield ConfigError(
             "`reference.kind: adapter_off` without an adapter",
@@ -180,6 +173,26 @@ def check(recipe: Recipe, given: Mapping[str, str], uses: Uses | None) -> Iterat
             f"`{tool}` is not installed",
             where=given.get("train.report_to", ""),
             mend=f"pip install {tool.replace('_', '-')}, or write `none`",
+        )
+
+
+def _best(recipe: Recipe, given: Mapping[str, str], uses: Uses) -> Iterator[AlignError]:
+    """A metric that no evaluation of this run gives."""
+    best = recipe.eval.best
+    name = (best or "").removeprefix("eval_")
+    if uses.online and name in (*_PAIR_METRICS, "loss"):
+        yield ConfigError(
+            f"`eval.best` is `{best}`, which evaluation of a run that samples does not give",
+            where=given.get("eval.best", ""),
+            why="held-out prompts are answered and judged; nothing is compared with rows",
+            mend="write `reward`, `reward/NAME` of a held-out feedback, or leave it out",
+        )
+    elif uses.view != "pairs" and name in _PAIR_METRICS:
+        yield ConfigError(
+            f"`eval.best` is `{best}`, which only pairs have",
+            where=given.get("eval.best", ""),
+            why=f"`{recipe.method.name}` reads {uses.view}",
+            mend="write `loss`, or leave it out",
         )
 
 

@@ -31,7 +31,7 @@ from align.trainers import checkpoints, rollouts
 from align.trainers.collect import Collector
 from align.trainers.engine import Engine
 from align.trainers.health import Health, HealthOptions
-from align.trainers.online_checks import check_best, check_feedback, of_the_policy, say_kinds, still
+from align.trainers.online_checks import check_best, check_feedback, of_the_policy, say_kinds, say_unread, still
 from align.trainers.online_config import OnlineConfig
 from align.trainers.preference import PreferenceTrainer
 from align.trainers.rollout_log import RolloutLog
@@ -134,6 +134,7 @@ class OnlineTrainer(PreferenceTrainer):
         say_kinds(self.method.id, asked, self.feedbacks)
         stages = [*args.shaping_stages(), *((stage.id, stage.options) for stage in asked.shaping)]
         self.stages: list[ShapingStage] = [make(id_, options) for id_, options in stages]
+        say_unread(self.method.id, self.data.train.dataset, self.stages, args.max_new_tokens)
         self.health = Health(health or HealthOptions())
         self.silence = Silence()
         self.health.trained |= {one.name for one in self.feedbacks}
@@ -322,7 +323,8 @@ class OnlineTrainer(PreferenceTrainer):
         if not self._parity_told:
             self._parity_told = True
             if whole:
-                self._tell_parity(engine, groups, tables[rollouts.OLD])
+                with still(engine):
+                    self._tell_parity(engine, groups, tables[rollouts.OLD])
             else:
                 logger.info("sampler and trainer are not compared: `top_p` or `top_k` cut what is sampled from")
         return (rollouts.with_columns(groups, tables) if reads else groups), said | told

@@ -10,11 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from align.core.errors import ConfigError
+from align.data.stream import GroupDataset, Hole
 from align.feedback.base import Feedback
 from align.methods.base import Draw, Rollouts
+from align.shaping import ShapingStage
+from align.shaping.rewards import Overlong
 from align.trainers.engine import Engine
 
 logger = logging.getLogger(__name__)
+_LOOK = 8
+"""Rows looked at for their columns."""
 _EVALUATED = ("reward", "kl", "length", "truncated", "missing", "no_spread", "repeated", "distinct", "entropy")
 """What an evaluation measures, beside `reward/NAME`."""
 
@@ -52,6 +57,21 @@ def say_kinds(method: str, asked: Rollouts, feedbacks: Sequence[Feedback]) -> No
         logger.info("%s asks for preferences: of two answers that of the larger reward wins; equal ones tie", method)
     elif other:
         logger.info("%s asks for rewards: an answer's is its mean probability of beating the prompt's others", method)
+
+
+def say_unread(method: str, rows: GroupDataset, stages: Sequence[ShapingStage], max_new_tokens: int) -> None:
+    """Say what looks as if it acted, and does not: weights of rows, a price of length that no answer reaches."""
+    first = next((one for one in rows.__getitems__(range(min(_LOOK, len(rows)))) if not isinstance(one, Hole)), None)
+    if first is not None and first.question is not None and "weight" in first.question.columns:
+        logger.warning("%s weighs all prompts alike: the column `weight` reaches reward functions only", method)
+    for stage in stages:
+        if isinstance(stage, Overlong) and stage.max_length - stage.cache >= max_new_tokens:
+            logger.warning(
+                "%s: `overlong` costs from token %d on, and an answer has at most %d (`max_new_tokens`): it never acts",
+                method,
+                stage.max_length - stage.cache + 1,
+                max_new_tokens,
+            )
 
 
 @contextmanager

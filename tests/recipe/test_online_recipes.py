@@ -117,6 +117,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"rollout": {"minibatch": 2}}, "has no option `minibatch`"),
     ({"health": {"kl": "loud"}}, "loud"),
     ({"health": {"kl": "off", "kl_budget": 3.0}}, "`kl_budget` is unused"),
+    ({"data": {"eval": ["x/y"]}, "eval": {"best": "accuracy"}}, "a run that samples does not give"),
     ({"method": {"name": "dpo", "num_generations": None, "beta": 0.1}}, "`dpo` trains on data that are there"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -220,6 +221,26 @@ def test_what_becomes_of_feedback_of_the_other_kind_is_said(
     assert says in caplog.text
 
 
+def test_what_looks_as_if_it_acted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = OnlineConfig(str(tmp_path), use_cpu=True, max_new_tokens=40, shaping=[{"name": "overlong", **OVERLONG}])
+    weighed = [{**row, "weight": 2.0} for row in rows(4)]
+    for dataset, own, unread in ((weighed, args, True), (rows(4), replace_length(args, 41), False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            OnlineTrainer(tiny_model(seed=1), "grpo", own, dataset, None, tiny_tokenizer(), feedback=Paid())
+        assert ("the column `weight` reaches reward functions only" in caplog.text) is unread
+        assert ("costs from token 41 on, and an answer has at most 40" in caplog.text) is unread
+
+
+OVERLONG = {"max_length": 60, "cache": 20}
+
+
+def replace_length(args: OnlineConfig, tokens: int) -> OnlineConfig:
+    made = copy.copy(args)
+    made.max_new_tokens = tokens
+    return made
+
+
 # -- stops and resumes -------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +279,22 @@ def test_the_policy_that_sampled_has_no_dropout(tmp_path: Path) -> None:
     gaps = [one.columns["old_logp"] - one.columns["sampler_logp"] for own in groups for one in own.completions]
     assert max(np.abs(gap).max() for gap in gaps) < 1e-4
     assert run.model.training
+
+
+def test_greedy_completions_are_compared_without_dropout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The trainer's side of the comparison was made in training mode, and differed from any sampler."""
+    spec = SamplerSpec(kind="server", urls=["http://localhost:1"])
+    args = OnlineConfig(str(tmp_path), use_cpu=True, max_new_tokens=5, global_batch_size=4, sampler=spec)
+    lora = LoraConfig(
+        r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    run = OnlineTrainer(tiny_model(seed=1), "grpo", args, rows(), None, tiny_tokenizer(), lora, feedback=Paid())
+    engine = run.engine_for(run.model)
+    run._samplers = Samplers({"policy": HFSampler(engine.roles.policy, tiny_tokenizer())}, engine.roles.policy)
+    run.model.train()
+    with caplog.at_level(logging.INFO):
+        run.collect(engine, next(iter(run.get_train_dataloader())).groups, 0)
+    assert "greedy completions: 4 of 4 equal" in caplog.text and "disagree" not in caplog.text
 
 
 @pytest.mark.parametrize(
