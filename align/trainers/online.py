@@ -109,6 +109,12 @@ class OnlineTrainer(PreferenceTrainer):
         self.eval_feedbacks = list(eval_feedback)
         check_feedback([*self.feedbacks, *self.eval_feedbacks])
         check_best(args.best_metric)
+        if args.reference == "cached":
+            raise ConfigError(
+                "reference `cached` in a run that samples",
+                why="no sample comes twice, so the cache would grow with every step and never be read",
+                mend="use reference `frozen`, or `adapter_off` with an adapter",
+            )
         self.model_name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "")
         super().__init__(
             model,
@@ -250,7 +256,7 @@ class OnlineTrainer(PreferenceTrainer):
         if len(trained) < wanted:
             logger.info("step %d: %d of %d prompts are trained on", self.state.global_step, len(trained), wanted)
         if held.judged:
-            self.rollout_log.write(held.judged, number)
+            self.rollout_log.write(held.judged, number, held.account.extras)
             shaping = {f"shaping/{name}": value for name, value in told.items()}
             self._tell(self._measured(held, len(trained)) | shaping)
         return trained[:wanted]

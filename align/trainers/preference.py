@@ -66,6 +66,8 @@ class PreferenceTrainer(AlignTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
     ) -> None:
+        if args is not None and not isinstance(args, AlignConfig):
+            raise ConfigError(f"`args` is a {type(args).__name__}", mend="give an `AlignConfig`, with the same names")
         args = AlignConfig(output_dir="runs/align") if args is None else copy.copy(args)
         chosen = resolve_method(method)
         if train_dataset is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from align.core.files import atomic_lines
 from align.data.rollouts import RolloutGroup
 
 FOLDER = "rollouts"
+Extras = Mapping[str, Sequence[tuple[str, list[Any]]]]
 
 
 class RolloutLog:
@@ -25,22 +27,33 @@ class RolloutLog:
         self.folder = Path(output_dir) / FOLDER
         self.keep, self.writes = keep, writes and keep != "none"
 
-    def write(self, groups: Sequence[RolloutGroup], number: int) -> None:
-        """Batch `number`, all its draws. What a run that was killed left of the same batch is written over."""
+    def write(self, groups: Sequence[RolloutGroup], number: int, extras: Extras | None = None) -> None:
+        """Batch `number`, all its draws. What a run that was killed left of the same batch is written over.
+
+        Args:
+            extras: columns that reward functions logged, as an `Account` has them.
+        """
         if not self.writes or not groups:
             return
         file = self.folder / f"{number:06d}.jsonl"
-        atomic_lines(file, _lines(groups))
+        atomic_lines(file, _lines(groups, extras or {}))
         if self.keep == "last":
             for other in self.folder.glob("*.jsonl"):
                 if other != file:
                     other.unlink()
 
 
-def _lines(groups: Sequence[RolloutGroup]) -> Iterator[bytes]:
+def _lines(groups: Sequence[RolloutGroup], extras: Extras) -> Iterator[bytes]:
     import json
 
+    # A row that was drawn twice has logged twice, in that order.
+    logged: dict[str, dict[str, deque[list[Any]]]] = {}
+    for name, entries in extras.items():
+        for place, values in entries:
+            logged.setdefault(place, {}).setdefault(name, deque()).append(values)
     for group in groups:
+        own = logged.get(str(group.row), {})
+        extra = {name: waiting.popleft() for name, waiting in own.items() if waiting}
         row = {
             **group.row.place(),
             "batch": group.iteration,
@@ -58,6 +71,7 @@ def _lines(groups: Sequence[RolloutGroup]) -> Iterator[bytes]:
                 }
                 for one in group.answers
             ],
+            **({"logged": extra} if extra else {}),
         }
         yield (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
 

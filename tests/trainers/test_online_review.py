@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from align.core.errors import ConfigError, TrainingError
 from align.core.progress import Progress, silent
@@ -28,8 +29,8 @@ from align.sampling import weights
 from align.sampling.base import SamplingParams
 from align.sampling.hf import HFSampler
 from align.sampling.spec import SamplerSpec
-from align.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
-from align.trainers import AlignConfig, OnlineConfig, OnlineTrainer, rollouts
+from align.testing.tiny import random_pairs, save_tiny, tiny_model, tiny_tokenizer
+from align.trainers import AlignConfig, OnlineConfig, OnlineTrainer, PreferenceTrainer, rollouts
 from align.trainers.collect import Collector
 from align.trainers.rollout_metrics import measured
 from align.trainers.samplers import Samplers
@@ -191,9 +192,13 @@ def test_an_evaluation_reads_the_prompts_that_it_asks(tmp_path: Path) -> None:
 def test_what_a_reward_function_logs_is_logged(tmp_path: Path) -> None:
     class Says(Paid):
         def _verdict(self, group: RolloutGroup) -> Verdict:
-            return replace(super()._verdict(group), metrics={"hits": (3.0, 2)})
+            said = {"first": [int(one.ids[0]) for one in group.answers]}
+            return replace(super()._verdict(group), metrics={"hits": (3.0, 2)}, extras=said)
 
-    trainer(tmp_path, "grpo", {"num_generations": 2}, Says(), max_steps=1).train()
+    trainer(tmp_path, "grpo", {"num_generations": 2}, Says(), max_steps=1, rollout_keep="all").train()
+    for line in (tmp_path / "rollouts" / "000000.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["logged"] == {"paid/first": [one["ids"][0] for one in row["answers"]]}
     assert [line["rollout/paid/hits"] for line in log_of(tmp_path) if "rollout/paid/hits" in line] == [1.5]
 
 
@@ -504,6 +509,12 @@ def test_the_best_checkpoint_is_that_of_the_reward(tmp_path: Path) -> None:
 def test_what_trl_users_bring_is_refused_with_a_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="OnlineConfig"):
         OnlineTrainer(tiny_model(), "grpo", AlignConfig(str(tmp_path)), rows(), None, tiny_tokenizer(), feedback=Paid())
+    with pytest.raises(ConfigError, match="AlignConfig"):
+        PreferenceTrainer(
+            tiny_model(), "dpo", TrainingArguments(str(tmp_path)), random_pairs(4), None, tiny_tokenizer()
+        )
+    with pytest.raises(ConfigError, match="never be read"):
+        trainer(tmp_path, "grpo", {"num_generations": 2}, reference="cached")
     args = OnlineConfig(str(tmp_path))
     with pytest.raises(ConfigError, match="open_feedback"):
         OnlineTrainer(tiny_model(), "grpo", args, rows(), None, tiny_tokenizer(), feedback=lambda completions: [0.0])
