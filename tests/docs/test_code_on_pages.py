@@ -144,6 +144,41 @@ def test_the_recipe_for_collecting_pairs_and_its_commands_run_as_they_stand(tmp_
     assert [one.kind for one in collect.read("two.yaml", "judge").feedback] == ["function", "judge"]
 
 
+def test_the_run_on_own_samples_and_its_python_run_as_they_stand(tmp_path, monkeypatch, one_thread):
+    """With a tiny model in place of the trained one, and fewer, shorter steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    save_tiny(tmp_path / "runs" / "sft" / "policy")
+    rows = [json.dumps(row) + "\n" for row in random_pairs(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows[:9]))
+    (tmp_path / "held_out.jsonl").write_text("".join(rows[9:]))
+    (recipe,) = blocks("yaml", "online.md")
+    rewards, python = blocks("python", "online.md")
+    assert len([line for line in python.text.splitlines() if line]) <= 7
+
+    def small(text: str) -> str:
+        for long, short in (("max_steps", 2), ("global_batch_size", 3), ("max_new_tokens", 6)):
+            text, count = re.subn(rf"{long}([:=] ?)\d+", rf"{long}\g<1>{short}", text)
+            assert count == 1
+        return text
+
+    (tmp_path / "online.yaml").write_text(small(recipe.text))
+    (tmp_path / "my_rewards.py").write_text(rewards.text)
+    (shell,) = blocks("sh", "online.md")
+    for command in commands_in(shell.text):
+        assert main([*shlex.split(command)[1:], "train.logging_steps=1"]) == 0, command
+    log = [json.loads(line) for line in (tmp_path / "runs" / "grpo" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2
+    said = {name for line in log for name in line}
+    page = (DOCS / "online.md").read_text(encoding="utf-8").partition("## What is logged")[2].partition("\n## ")[0]
+    told = {name.replace("NAME", "my_rewards:polite") for name in re.findall(r"`([a-z_]+/[\w/]+|eval_\w+)`", page)}
+    assert len(told) > 20 and told - said <= {"eval_reward/my_rewards:polite"} | {"rollout/repeated", "eval_repeated"}
+    space: dict[str, object] = {}
+    exec(compile(small(python.text), python.where, "exec"), space)  # noqa: S102  our own page
+    assert space["trainer"].state.global_step == 2
+
+
 def test_python_on_the_pages_compiles_and_its_names_exist():
     seen = 0
     for block in blocks("python"):

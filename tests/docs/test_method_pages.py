@@ -146,7 +146,7 @@ def test_the_table_compares_all(site):
 
 
 def test_computed_facts_are_those_of_the_formulas():
-    """The book's list of losses that see differences only; rdpo falls without end, a saturating loss does not."""
+    """The book's list of losses that see differences only; rdpo and xpo fall without end, a saturating loss does not."""
     told = {name: facts.facts(METHODS.get(name)) for name in METHODS.entries()}
     differences = {"dpo", "cdpo", "rdpo", "dpo_hinge", "exo_pref", "soft_dpo", "smpo", "robust_bt", "discopop"}
     assert {name for name in differences if told[name].difference != "yes"} == set()
@@ -165,9 +165,9 @@ def test_computed_facts_are_those_of_the_formulas():
         "ld_dpo",
     }
     assert {name for name in absolute if told[name].difference != "no"} == set()
-    assert {name for name, one in told.items() if one.bounded == "no"} == {"rdpo", "t_reg"}
+    assert {name for name, one in told.items() if one.bounded == "no"} == {"rdpo", "t_reg", "xpo"}
     assert {"apo_zero", "apo_down", "kto", "exo_pref"} <= {n for n, one in told.items() if one.bounded == "both"}
-    assert {name for name, one in told.items() if one.tokens == "both"} == {"cpo"}
+    assert {name for name, one in told.items() if one.tokens == "both"} == {"cpo", "dno_prct"}
 
 
 def test_facts_follow_the_loss_and_not_the_name():
