@@ -146,7 +146,7 @@ def test_the_table_compares_all(site):
 
 
 def test_computed_facts_are_those_of_the_formulas():
-    """The book's list of losses that see differences only; rdpo and xpo fall without end, a saturating loss does not."""
+    """The list of losses that see differences only; rdpo and xpo fall without end, a saturating loss does not."""
     told = {name: facts.facts(METHODS.get(name)) for name in METHODS.entries()}
     differences = {"dpo", "cdpo", "rdpo", "dpo_hinge", "exo_pref", "soft_dpo", "smpo", "robust_bt", "discopop"}
     assert {name for name in differences if told[name].difference != "yes"} == set()
