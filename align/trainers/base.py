@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,21 +252,29 @@ class AlignTrainer(Trainer):
             try:
                 return PackedStep(engine, self.accelerator, self.meter).run(groups, self.method_state, seed)
             except torch.OutOfMemoryError as error:
-                smallest = max(group.tokens for group in groups)
-                # Other ranks wait in a collective that this one has left, so only a single process can try again.
-                if self.world > 1 or engine.budget <= smallest:
-                    raise TrainingError(
-                        f"out of memory at {engine.budget} tokens a micro-batch",
-                        why=first_line(error),
-                        mend=f"set `tokens_per_micro_batch` to {max(smallest, engine.budget // 2)} or less, use "
-                        "gradient_checkpointing, or shard the model",
-                    ) from error
-            engine.budget = max(engine.budget // 2, smallest)
-            logger.warning("out of memory: going on with %d tokens a micro-batch", engine.budget)
+                self._take_less(engine, groups, error)
             self.meter.sums = held
             self.model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _take_less(self, engine: Engine, groups: Sequence[TokenGroup], error: torch.OutOfMemoryError) -> None:
+        """Half the budget, down to the largest group.
+
+        Raises:
+            TrainingError: it is that already; or other ranks wait in a collective that this one has left, so that only
+                a single process can try again.
+        """
+        smallest = max(group.tokens for group in groups)
+        if self.world > 1 or engine.budget <= smallest:
+            raise TrainingError(
+                f"out of memory at {engine.budget} tokens a micro-batch",
+                why=first_line(error),
+                mend=f"set `tokens_per_micro_batch` to {max(smallest, engine.budget // 2)} or less, use "
+                "gradient_checkpointing, or shard the model",
+            ) from error
+        engine.budget = max(engine.budget // 2, smallest)
+        logger.warning("out of memory: going on with %d tokens a micro-batch", engine.budget)
 
     def _empty_step(self, engine: Engine, seed: int) -> Tensor:
         groups = engine.ready([self.dummy()], seed)

@@ -31,7 +31,15 @@ from align.trainers import checkpoints, rollouts
 from align.trainers.collect import Collector
 from align.trainers.engine import Engine
 from align.trainers.health import Health, HealthOptions
-from align.trainers.online_checks import check_best, check_feedback, of_the_policy, say_kinds, say_unread, still
+from align.trainers.online_checks import (
+    check_best,
+    check_feedback,
+    check_stages,
+    of_the_policy,
+    say_kinds,
+    say_unread,
+    still,
+)
 from align.trainers.online_config import OnlineConfig
 from align.trainers.preference import PreferenceTrainer
 from align.trainers.rollout_log import RolloutLog
@@ -140,6 +148,7 @@ class OnlineTrainer(PreferenceTrainer):
         say_kinds(self.method.id, asked, self.feedbacks)
         stages = [*args.shaping_stages(), *((stage.id, stage.options) for stage in asked.shaping)]
         self.stages: list[ShapingStage] = [make(id_, options) for id_, options in stages]
+        check_stages(self.method, self.stages)
         say_unread(self.method.id, self.data.train.dataset, self.stages, args.max_new_tokens)
         self.health = Health(health or HealthOptions())
         self.silence = Silence()
@@ -296,9 +305,7 @@ class OnlineTrainer(PreferenceTrainer):
             collect = Collector(asked, samplers, self.feedbacks, self.args.sampling(), models=self._models())
             drawn = [_of_policy(group) for group in collect.draw(prompts, derive(self.args.seed, "look"), 0)]
         groups = [rollouts.token_group(group) for group in drawn]
-        share = engine.share(groups, counted=False)
-        with torch.no_grad(), still(engine):
-            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        found = self._columns(engine, groups, counted=False)
         said = mismatch(groups, found["logp"].double().cpu().numpy())
         answers = [one for group in drawn for one in group.answers]
         return {
@@ -315,17 +322,16 @@ class OnlineTrainer(PreferenceTrainer):
         reads = self.parts > 1 or any(stage.needs_reference for stage in self.stages)
         if not groups or not (reads or not self._parity_told):
             return groups, {}
-        share = engine.share(groups)
-        # As sampled, without an adapter's dropout: it would also draw from the random state that a resume restores.
-        with torch.no_grad(), still(engine):
-            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        found = self._columns(engine, groups)
         tables = {rollouts.OLD: found["logp"].double().cpu().numpy()}
         whole = self.args.top_p == 1 and not self.args.top_k
         said = mismatch(groups, tables[rollouts.OLD]) if whole else {}
         told: dict[str, float] = {}
         if rollouts.REF in found:
             tables[rollouts.REF] = found[rollouts.REF].double().cpu().numpy()
-            told["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF]).sum(1).mean())
+            own = np.array([one.role == "policy" for group in groups for one in group.completions])
+            if own.any():  # of another's answers the log-ratios are no estimate of it
+                told["rollout/kl"] = float((tables[rollouts.OLD] - tables[rollouts.REF])[own].sum(1).mean())
         if not self._parity_told:
             self._parity_told = True
             if whole:
@@ -334,6 +340,20 @@ class OnlineTrainer(PreferenceTrainer):
             else:
                 logger.info("sampler and trainer are not compared: `top_p` or `top_k` cut what is sampled from")
         return (rollouts.with_columns(groups, tables) if reads else groups), said | told
+
+    def _columns(self, engine: Engine, groups: Sequence[TokenGroup], counted: bool = True) -> dict[str, Tensor]:
+        """The engine's outputs for all completions, name -> [N, T], without gradient; where memory runs out, again with
+        half the budget. As sampled, without an adapter's dropout, which would also draw from the random state that a
+        resume restores."""
+        while True:
+            try:
+                share = engine.share(groups, counted=counted)
+                with torch.no_grad(), still(engine):
+                    return engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+            except torch.OutOfMemoryError as error:
+                self._take_less(engine, groups, error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _tell_parity(self, engine: Engine, groups: Sequence[TokenGroup], logp: np.ndarray) -> None:
         """How far the sampler is from the trainer, once a launch; of another engine, its greedy tokens too."""
@@ -421,9 +441,7 @@ class OnlineTrainer(PreferenceTrainer):
         if self.column is None or "ref_logp" not in engine.needed.reference:
             return {}
         groups = [rollouts.token_group(group) for group in own if len(group)]
-        share = engine.share(groups, counted=False)
-        with torch.no_grad():
-            found = engine.gather(share, [engine.outputs(micro) for micro in share.micros])
+        found = self._columns(engine, groups, counted=False)
         ratio = (found["logp"] - found["ref_logp"]).double().sum(1)
         return {"kl": float(ratio.mean())}
 

@@ -12,7 +12,7 @@ from typing import Any
 from align.core.errors import ConfigError
 from align.data.stream import GroupDataset, Hole
 from align.feedback.base import Feedback
-from align.methods.base import Draw, Rollouts
+from align.methods.base import Draw, Method, Rollouts
 from align.shaping import ShapingStage
 from align.shaping.rewards import Overlong
 from align.trainers.engine import Engine
@@ -45,6 +45,16 @@ def check_best(metric: str | None) -> None:
         raise ConfigError(
             f"`best_metric` is `{metric}`, which evaluation of an online run does not give",
             mend="use one of reward, reward/NAME of a feedback, " + ", ".join(_EVALUATED[1:]),
+        )
+
+
+def check_stages(method: Method, stages: Sequence[ShapingStage]) -> None:
+    """Refuse a stage that compares with a reference where there is none, before a batch is sampled and judged."""
+    charging = [stage.id for stage in stages if stage.needs_reference]
+    if charging and "ref_logp" not in method.requires():
+        raise ConfigError(
+            f"shaping `{charging[0]}` compares with a reference, and method `{method.id}` with these options has none",
+            mend="leave it out, or give the method's own KL a weight",
         )
 
 

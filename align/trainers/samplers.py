@@ -162,7 +162,9 @@ def open_samplers(
     if "mixture" in origins:
         from align.sampling.mixture import MixtureSampler
 
-        mix = next(draw.mix for draw in asked.draws if draw.origin == "mixture")
+        mix, *others = {draw.mix for draw in asked.draws if draw.origin == "mixture"}
+        if others:
+            raise ConfigError("a method draws from two mixtures of different weights", mend="draw from one")
         other = None if reference.model is policy else reference.model  # None: the policy with its adapter off
         mixed = MixtureSampler(policy, other, tokenizer, mix, args.sampler.batch_size)
         found["mixture"] = InContext(mixed, compute)

@@ -246,6 +246,58 @@ def replace_length(args: OnlineConfig, tokens: int) -> OnlineConfig:
     return made
 
 
+def test_a_price_of_kl_without_a_reference_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    judge = Paid()
+    with pytest.raises(ConfigError, match=r"kl_in_reward.*has none"):
+        trainer(tmp_path, "grpo", {"beta": 0.0}, judge, shaping=[{"name": "kl_in_reward"}])
+    assert not judge.seen
+    trainer(tmp_path, "grpo", {"beta": 0.01}, judge, shaping=[{"name": "kl_in_reward"}])
+
+
+def test_the_distance_to_the_reference_is_measured_on_the_policys_answers(tmp_path: Path) -> None:
+    """On the reference's answers the mean log-ratio is minus the other KL: half of xpo's, and they cancelled."""
+    run = trainer(tmp_path, "xpo", rollout_minibatches=2, global_batch_size=4)
+    engine = run.engine_for(run.model)
+    with torch.no_grad():
+        for parameter in run.model.policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    groups = run.collect(engine, next(iter(run.get_train_dataloader())).groups, 0)
+    ratios = {
+        role: np.mean(
+            [
+                (one.columns["old_logp"] - one.columns["ref_logp"]).sum()
+                for own in groups
+                for one in own.completions
+                if one.role == role
+            ]
+        )
+        for role in ("policy", "reference")
+    }
+    total, count = run.meter.sums["rollout/kl"]
+    assert float(total) / count == pytest.approx(ratios["policy"]) and ratios["policy"] > 0.1 > ratios["reference"]
+
+
+def test_where_memory_runs_out_while_scoring_it_goes_on_with_less(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "grpo", {"num_generations": 3}, rollout_minibatches=2, global_batch_size=4)
+    engine = run.engine_for(run.model)
+    prompts = next(iter(run.get_train_dataloader())).groups
+    whole, budget = run.collect(engine, prompts, 0), engine.budget
+    outputs, calls = engine.outputs, list[int]()
+
+    def full(micro: Any, *given: Any) -> Any:
+        calls.append(micro.packed.unique_tokens)
+        if sum(group.tokens for group in micro.groups) > 100:
+            raise torch.OutOfMemoryError("full")
+        return outputs(micro, *given)
+
+    engine.outputs = full  # type: ignore[method-assign]
+    again = run.collect(engine, prompts, 0)
+    assert engine.budget < budget and len(calls) > 2
+    for before, after in zip(whole, again, strict=True):
+        for one, other in zip(before.completions, after.completions, strict=True):
+            np.testing.assert_allclose(one.columns["old_logp"], other.columns["old_logp"], atol=1e-5)
+
+
 # -- stops and resumes -------------------------------------------------------------------------------------------------
 
 
