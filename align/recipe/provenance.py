@@ -28,12 +28,21 @@ MAY_CHANGE = frozenset(
         "train.report_to",
         "train.resume",
         "train.output_dir",
+        "rollout.keep",
+        "sampler.batch_size",
+        "sampler.gpu_memory_utilization",
+        "sampler.enforce_eager",
+        "sampler.urls",
+        "sampler.served_as",
+        "sampler.wait",
+        "sampler.deadline",
+        "sampler.retries",
         "provenance.paper",
         "provenance.claim",
         "provenance.checked",
     }
 )
-"""What a resumed run may change (the number of ranks is not in a recipe)."""
+"""What a resumed run may change (the number of ranks is not in a recipe): servers move, and have other addresses."""
 _PACKAGES = (
     "torch",
     "transformers",
@@ -45,6 +54,7 @@ _PACKAGES = (
     "numpy",
     "deepspeed",
     "bitsandbytes",
+    "vllm",
 )
 
 
@@ -164,7 +174,7 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
             "the run in this folder has another recipe",
             where=str(folder),
             why="; ".join(lines),
-            mend="name another `train.output_dir`; a resumed run may change ranks, token budget and logging only",
+            mend="name another `train.output_dir`; a resumed run may change ranks, budgets, servers and logging only",
         )
 
 

@@ -12,6 +12,7 @@ import yaml
 from align.cli.main import main
 from align.core.errors import ConfigError, ErrorList
 from align.recipe import rules, schema
+from align.recipe.provenance import differences
 from align.recipe.run import arguments
 from align.testing.tiny import save_tiny
 
@@ -100,6 +101,18 @@ def test_sections_reach_the_trainers_arguments(tmp_path: Path, model: str) -> No
     again = tmp_path / "again.yaml"
     again.write_text(rules.to_yaml(made, uses))
     assert rules.to_yaml(schema.load(again), uses) == again.read_text()
+
+
+def test_a_resumed_run_may_find_its_servers_elsewhere(tmp_path: Path, model: str) -> None:
+    def plain(**changes: Any) -> dict[str, Any]:
+        made = schema.load(recipe(tmp_path, model, **changes))
+        uses = rules.Uses.of(rules.build_method(schema.METHODS.get("grpo"), made.method.options))
+        return yaml.safe_load(rules.to_yaml(made, uses))
+
+    before = plain(sampler={"kind": "server", "urls": ["http://127.0.0.1:1"]})
+    moved = {"kind": "server", "urls": ["http://127.0.0.1:2"], "wait": 60.0}
+    assert differences(before, plain(sampler=moved, rollout={"keep": "all"})) == {}
+    assert list(differences(before, plain(sampler=moved, rollout={"temperature": 0.7}))) == ["rollout.temperature"]
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
