@@ -149,7 +149,7 @@ def test_a_reward_that_raises_and_other_settings(capsys, folder):
     assert code == 2 and "raises KeyError" in error and "command_rewards.py:10" in error
     assert run(capsys, *USUAL, "--output", "mine", "--max-prompts", 3)[0] == 0
     code, _, error = run(capsys, *USUAL, "--output", "mine", "--max-prompts", 3, "--seed", 4)
-    assert code == 2 and "`sampling` was" in error and "--restart" in error
+    assert code == 2 and "`sampling.seed` was 0, is 4" in error and "--restart" in error
     assert run(capsys, *USUAL, "--output", "mine", "--max-prompts", 3, "--seed", 4, "--restart")[0] == 0
 
 
