@@ -32,8 +32,9 @@ from align.trainers.collect import Collector
 from align.trainers.engine import Engine
 from align.trainers.health import Health, HealthOptions
 from align.trainers.online_checks import (
-    check_best,
+    check_arguments,
     check_feedback,
+    check_shaping,
     check_stages,
     of_the_policy,
     say_kinds,
@@ -111,18 +112,10 @@ class OnlineTrainer(PreferenceTrainer):
         health: HealthOptions | None = None,
     ) -> None:
         args = OnlineConfig(output_dir="runs/align") if args is None else args
-        if not isinstance(args, OnlineConfig):
-            raise ConfigError(f"`args` is a {type(args).__name__}", mend="give an `OnlineConfig`")
         self.feedbacks = list(feedback) if isinstance(feedback, Sequence) else [feedback]
         self.eval_feedbacks = list(eval_feedback)
         check_feedback([*self.feedbacks, *self.eval_feedbacks])
-        check_best(args.best_metric)
-        if args.reference == "cached":
-            raise ConfigError(
-                "reference `cached` in a run that samples",
-                why="no sample comes twice, so the cache would grow with every step and never be read",
-                mend="use reference `frozen`, or `adapter_off` with an adapter",
-            )
+        check_arguments(args)
         self.model_name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "")
         super().__init__(
             model,
@@ -137,12 +130,7 @@ class OnlineTrainer(PreferenceTrainer):
             quantization_config,
         )
         self.asked = asked = self._asked()
-        if args.shaping and asked.select != "group":
-            raise ConfigError(
-                f"`shaping` with method `{self.method.id}`",
-                why="it trains on preferences, and shaping is of rewards",
-                mend="leave `shaping` out, or take a method such as grpo",
-            )
+        check_shaping(self.method.id, asked, args)
         args.check_sampling(self.method.id, asked.ratio)
         self.reward_weights = self._weights()
         say_kinds(self.method.id, asked, self.feedbacks)

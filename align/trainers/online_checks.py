@@ -16,6 +16,7 @@ from align.methods.base import Draw, Method, Rollouts
 from align.shaping import ShapingStage
 from align.shaping.rewards import Overlong
 from align.trainers.engine import Engine
+from align.trainers.online_config import OnlineConfig
 
 logger = logging.getLogger(__name__)
 _LOOK = 8
@@ -36,6 +37,29 @@ def check_feedback(given: Sequence[Any]) -> None:
     twice = [name for name, count in Counter(one.name for one in given).items() if count > 1]
     if twice:
         raise ConfigError(f"two feedbacks are named `{twice[0]}`", mend="give each a name of its own")
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments of another kind of run."""
+    if not isinstance(args, OnlineConfig):
+        raise ConfigError(f"`args` is a {type(args).__name__}", mend="give an `OnlineConfig`")
+    if args.reference == "cached":
+        raise ConfigError(
+            "reference `cached` in a run that samples",
+            why="no sample comes twice, so the cache would grow with every step and never be read",
+            mend="use reference `frozen`, or `adapter_off` with an adapter",
+        )
+    check_best(args.best_metric)
+
+
+def check_shaping(method: str, asked: Rollouts, args: OnlineConfig) -> None:
+    """Refuse stages for a method that trains on preferences."""
+    if args.shaping and asked.select != "group":
+        raise ConfigError(
+            f"`shaping` with method `{method}`",
+            why="it trains on preferences, and shaping is of rewards",
+            mend="leave `shaping` out, or take a method such as grpo",
+        )
 
 
 def check_best(metric: str | None) -> None:
