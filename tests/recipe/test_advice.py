@@ -155,3 +155,13 @@ def test_train_prints_them_once_on_stderr_and_goes_on(
     assert said.err.count("warning: ") == 3
     assert f"warning: {path}:" in said.err and "a learning rate of 0.001" in said.err
     assert "4 passes over 8 rows" in said.err and "a global batch of 4" in said.err
+
+
+def test_batches_of_prompts_and_held_out_prompts(tmp_path: Path) -> None:
+    """A group of answers is no pair: its batch and its epochs are not measured by those of pairs; its splits are."""
+    few = Facts(rows=100)
+    words = ["train.global_batch_size=8", "train.num_train_epochs=20"]
+    assert advice(tmp_path, *words, method="grpo", facts=few) == []
+    assert [one.key for one in advice(tmp_path, *words, method="online_dpo", facts=few)] == ["train.global_batch_size"]
+    (one,) = advice(tmp_path, "data.prompts=[{name: some/data, split: test}]", method="grpo")
+    assert one.key == "data.prompts.0" and "trained on and evaluated on" in one.what
