@@ -199,7 +199,7 @@ def cream(method: Mapping[str, Any], key: str, seeded: Seeded) -> Curve:
             "sample": {"max_new_tokens": 48, "seed": seeded.number},
             "method": dict(method),
             "loop": {"preset": "cream", "rounds": 3, "prompts": 320, "base": str(made.model), "seed": seeded.number},
-            "train": training(seeded, 1.5e-4, 2),
+            "train": training(seeded, 7e-5, 1),
         },
     )
     found = [measure(policy, made.model, held) for policy in (seeded.aligned, *(one for _, one in policies_of(output)))]

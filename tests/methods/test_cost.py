@@ -97,7 +97,9 @@ def cost(made: Method, budget: int = BUDGET) -> tuple[Count, Count]:
     """What one step asks of the policy and of the reference, on the same groups for every method of a view."""
     reference = copy.deepcopy(MODELS[1]).requires_grad_(False)
     roles = role_module(MODELS[0], made)
-    groups = random_groups(made.view, 4, seed=3, needs=made.requires())
+    # Columns of rollouts come with the groups; further answers would be a cost of their own.
+    needs = made.requires() - {"samples", "contrasts", "baseline"}
+    groups = random_groups(made.view, 4, seed=3, needs=needs)
     engine = engine_for(made, roles, reference if columns_needed(made).reference else None, budget)
     counts = Count().watch(roles.policy), Count().watch(reference)
     packed_step(engine, Accelerator(cpu=True), groups)

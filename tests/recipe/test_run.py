@@ -28,7 +28,7 @@ CHANGED: dict[str, Any] = {
         max_bad_fraction=0.5,
         shuffle=False,
     ),
-    "reference": Reference(kind="ema", model="r", guide="g", cache_dir="c", decay=0.25, every=9),
+    "reference": Reference(kind="ema", model="r", guide="g", previous="v", cache_dir="c", decay=0.25, every=9),
     "eval": Eval(every=0.25, best="accuracy", patience=4),
 }
 TRAIN: dict[str, Any] = {
@@ -55,6 +55,7 @@ RENAMED = {
     "reference.kind": "reference",
     "reference.model": "reference_model",
     "reference.guide": "guide_model",
+    "reference.previous": "previous_model",
     "reference.cache_dir": "reference_cache",
     "reference.decay": "ema_decay",
     "reference.every": "ema_every",
