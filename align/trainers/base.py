@@ -26,7 +26,7 @@ from align.reference.columns import Column
 from align.trainers import checkpoints, optimiser
 from align.trainers.callbacks import POLICY_OF, AfterStep, JsonlLog, Patience, RestoreLogState, append_log
 from align.trainers.config import AlignConfig, higher_is_better, metric_name
-from align.trainers.data import RunData
+from align.trainers.data import DataSide, RunData
 from align.trainers.engine import Engine
 from align.trainers.evaluation import evaluate_batches
 from align.trainers.guards import SignalGuard, StopOnSignal, check_deepspeed, check_step_zero
@@ -357,7 +357,7 @@ class AlignTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out set by the packed path; the same numbers for any number of ranks."""
+        """The numbers of `held_out`, logged under `metric_key_prefix`; the same for any number of ranks."""
         data = self.data.eval
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             raise ConfigError("`evaluate` takes the data the trainer was made with", mend="give it as `eval_dataset`")
@@ -366,13 +366,17 @@ class AlignTrainer(Trainer):
         engine = self.engine_for(self.scored_module)
         training = self.model.training
         self.model.eval()
-        seed = derive(self.args.seed, "evaluate")
-        measured = evaluate_batches(engine, data.loader(self.args, shuffle=False), self.method_state, seed)
+        measured = self.held_out(engine, data)
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def held_out(self, engine: Engine, data: DataSide) -> dict[str, float]:
+        """What an evaluation measures: here means over the held-out set by the packed path. A collective."""
+        seed = derive(self.args.seed, "evaluate")
+        return evaluate_batches(engine, data.loader(self.args, shuffle=False), self.method_state, seed)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from align.shaping import ShapingStage, run
 from align.shaping.base import make
 from align.trainers import checkpoints, rollouts
 from align.trainers.collect import Collector
+from align.trainers.data import DataSide
 from align.trainers.engine import Engine
 from align.trainers.health import Health, HealthOptions
 from align.trainers.online_checks import (
@@ -381,27 +382,13 @@ class OnlineTrainer(PreferenceTrainer):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluate(  # type: ignore[override]
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def held_out(self, engine: Engine, data: DataSide) -> dict[str, float]:
         """Answers to the held-out prompts, judged by the feedback and by `eval_feedback`: means, lengths, KL."""
-        data = self.data.eval
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            raise ConfigError("`evaluate` takes the data the trainer was made with", mend="give it as `eval_dataset`")
-        if data is None:
-            raise ConfigError("there is no evaluation data", mend="give eval_dataset, or `data.eval` in the recipe")
-        engine = self.engine_for(self.scored_module)
-        training = self.model.training
-        self.model.eval()
         found = self._judged_answers(engine, data)
-        self.model.train(training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)
-        self._watch(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self._watch({f"eval_{name}": value for name, value in found.items()})
+        return found
 
-    def _judged_answers(self, engine: Engine, data: Any) -> dict[str, float]:
+    def _judged_answers(self, engine: Engine, data: DataSide) -> dict[str, float]:
         batches = data.loader(self.args, False, self.args.prompts)
         prompts = list(itertools.islice((one for batch in batches for one in batch.groups), self.args.eval_prompts))
         if not prompts:
