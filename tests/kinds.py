@@ -10,10 +10,9 @@ ROUNDS = ("alpha_spin", "dno", "dno_prct", "inpo", "sppo")
 """They train on rows that a loop of rounds makes of the policy's own answers; by themselves they claim nothing."""
 
 
-def for_method(recipe: str, name: str, data: tuple[str, ...] = ("train",)) -> str:
-    """The text of a recipe whose streams are `train:`, as a method of this kind needs it: prompts, and a judge."""
+def for_method(recipe: str, name: str) -> str:
+    """The text of a recipe of a method on rows as a method needs it that samples: prompts, a judge, reward as metric."""
     if name not in SAMPLES:
         return recipe
-    for key in data:
-        recipe = recipe.replace(f"{key}:", "prompts:", 1) if key == "train" else recipe
-    return recipe + "\nfeedback: [{kind: function, name: my_file:my_reward}]\n"
+    asked = recipe.replace("train:", "prompts:", 1).replace("best: loss", "best: reward")
+    return asked + "\nfeedback: [{kind: function, name: my_file:my_reward}]\n"
