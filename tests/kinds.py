@@ -11,7 +11,7 @@ ROUNDS = ("alpha_spin", "dno", "dno_prct", "inpo", "sppo")
 
 
 def for_method(recipe: str, name: str) -> str:
-    """The text of a recipe of a method on rows as a method needs it that samples: prompts, a judge, reward as metric."""
+    """The text of a recipe of a method on rows as one that samples needs it: prompts, a judge, reward as metric."""
     if name not in SAMPLES:
         return recipe
     asked = recipe.replace("train:", "prompts:", 1).replace("best: loss", "best: reward")
