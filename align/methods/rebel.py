@@ -11,7 +11,7 @@ from align.methods.base import Draw, Method, Rollouts, method, option
 from align.scoring.views import Completions, Pairs, wide
 
 
-@method("rebel", paper="2404.16767", view="pairs", needs={"old_logp", "margin"})
+@method("rebel", paper="2404.16767", view="pairs", needs={"old_logp", "ref_logp", "margin"})
 class REBEL(Method):
     """REBEL: regress a pair's difference of log-ratios on its difference of rewards.
 
@@ -49,7 +49,7 @@ class REBEL(Method):
     )
 
     def requires(self) -> frozenset[str]:
-        return frozenset({"ref_logp", "margin"}) if self.anchor == "reference" else self.needs
+        return self.needs - {"old_logp" if self.anchor == "reference" else "ref_logp"}
 
     def rollouts(self) -> Rollouts | None:
         if self.anchor == "reference":

@@ -153,11 +153,11 @@ def test_a_hacked_reward(tmp_path: Path) -> None:
     """Almost no KL term, a large learning rate: first more good tokens, which gold wants too, then one of them again
     and again, until all answers are the best there is by the proxy."""
     limits = {"kl_budget": 10.0, "truncation": "off"}
-    run = online(tmp_path, PROXY, options={"beta": 1e-4}, health=limits, judge=GOLD, max_steps=32)
+    run = online(tmp_path, PROXY, options={"beta": 1e-4}, health=limits, judge=GOLD, max_steps=44)
     run.train()
     watched: Any = run.health
     assert watched.kinds() == HACKED
-    assert all(one.severity == "warn" for one in watched.said) and run.state.global_step == 32
+    assert all(one.severity == "warn" for one in watched.said) and run.state.global_step == 44
     judged = watched.column("eval_reward/gold")
     assert judged[0] < judged.max() > 2 * judged[-1]
     assert watched.column("rollout/reward")[-1] > 0.95
