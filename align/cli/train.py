@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.console import note, print_json, progress, set_up_logging
+from align.compat.accelerate import leave
 from align.core.errors import AlignError
 from align.recipe import schema
 from align.recipe.sections import Recipe
@@ -78,10 +79,7 @@ def _train(recipe: Recipe, given: Mapping[str, str], as_json: bool) -> int:
             note("stopped by a signal; the same command resumes")
         else:
             _finish(recipe, as_json)
-    # Together: a process that leaves its group open, or alone, can be aborted on its way out and take the others along.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-    return _STOPPED if stopped else 0
+    return leave(trainer.accelerator, _STOPPED if stopped else 0)
 
 
 def _advise(recipe: Recipe, given: Mapping[str, str], trainer: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,3 +28,21 @@ def synchronising(accelerator: Any, module: Any, last: bool) -> AbstractContextM
 def backward(accelerator: Any, loss: Any) -> None:
     """DeepSpeed would scale by its own accumulation steps (`scale_wrt_gas`, 1.15); the loss is scaled already."""
     accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed(accelerator) else {}))
+
+
+def leave(accelerator: Any, code: int = 0) -> int:
+    """Leave a run together: wait for all processes, close their group, and end each without its interpreter.
+
+    Of several processes one can otherwise be aborted after all is saved, by a thread of the collectives' library that
+    the interpreter ends around ("terminate called without an active exception", torch 2.13 with gloo), and the launcher
+    then ends the others and calls the run failed. A single process returns with `code`.
+    """
+    accelerator.wait_for_everyone()
+    several = accelerator.num_processes > 1
+    accelerator.end_training()
+    if several:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
+from align.compat.accelerate import leave
 from align.methods import METHODS
 from align.scoring.assemble import columns_needed
 from align.testing.steps import (
@@ -57,8 +58,7 @@ def main(out: str) -> None:
     if rank == 0:
         with open(out, "w") as file:
             json.dump({"world": world, "ranks": everyone}, file)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave(accelerator)
 
 
 if __name__ == "__main__":

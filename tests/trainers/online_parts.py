@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from align.compat.accelerate import leave
 from align.core.progress import Progress, silent
 from align.data.rollouts import RolloutGroup
 from align.feedback.base import Verdict
@@ -89,8 +90,7 @@ def main(out: str, method: str, options: str) -> None:
         Path(out), method, json.loads(options), rollout_keep="all", max_steps=2, learning_rate=0.1, optim="sgd"
     )
     run.train()
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    leave(run.accelerator)
 
 
 if __name__ == "__main__":
