@@ -23,7 +23,7 @@ import numpy as np
 from align.evaluate.intervals import mean_interval
 from bench.direction import read_found, rounded
 from bench.machine import provenance
-from bench.rollouts_runs import PARTS, Run, Seeded
+from bench.rollouts_runs import PARTS, Seeded
 
 RESULT = Path(__file__).parent / "results" / "rollouts.json"
 SEEDS = (0, 1, 2, 3, 4)
@@ -169,6 +169,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["Run", "collect", "lines", "run"]

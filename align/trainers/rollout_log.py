@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +45,6 @@ class RolloutLog:
 
 
 def _lines(groups: Sequence[RolloutGroup], extras: Extras) -> Iterator[bytes]:
-    import json
-
     # A row that was drawn twice has logged twice, in that order.
     logged: dict[str, dict[str, deque[list[Any]]]] = {}
     for name, entries in extras.items():
